@@ -1,0 +1,174 @@
+"""The chat vocabulary: messages, generation parameters and requests, as producers send and engines read them.
+
+Names and defaults of the generation parameters are LLaMA-Factory's (0.9.5, ``hparams/generating_args.py``); OpenAI's
+stand beside them where LLaMA-Factory has none. One meaning each, on every engine.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class TextPart(_Wire):
+    type: Literal["text"] = "text"
+    text: str
+
+
+class MediaPart(_Wire):
+    """One image, video or audio. ``ref`` is the content hash (sha256, hex) of bytes that lie next to the job."""
+
+    type: Literal["image", "video", "audio"]
+    ref: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+ContentPart = Annotated[TextPart | MediaPart, Field(discriminator="type")]
+
+
+class FunctionCall(_Wire):
+    """``arguments`` is a JSON text, as OpenAI clients send and read it."""
+
+    name: str
+    arguments: str = "{}"
+
+
+class ToolCall(_Wire):
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+Role = Literal["system", "developer", "user", "assistant", "tool", "observation", "function"]
+
+
+class Message(_Wire):
+    """One turn. ``observation`` and ``tool`` are a tool's result, ``function`` is LLaMA-Factory's name for an
+    assistant's call whose content is JSON text."""
+
+    role: Role
+    content: str | tuple[ContentPart, ...] | None = None
+    reasoning_content: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The text of all text parts, joined."""
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
+        return "".join(part.text for part in self.content if isinstance(part, TextPart))
+
+
+class ResponseFormat(_Wire):
+    """Constrains the output: any JSON object, a JSON schema, a regular expression, or a grammar (EBNF)."""
+
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar"] = "text"
+    # Aliased: a pydantic model may not have a field called "schema".
+    json_schema: dict[str, Any] | None = None
+    pattern: str | None = None
+    grammar: str | None = None
+
+
+class GenerationParams(_Wire):
+    """How to generate. Unknown names are refused; so are NaN and infinite numbers.
+
+    ``do_sample=False`` and ``temperature=0`` both mean greedy. ``top_k <= 0`` switches top-k off, ``top_p=1`` top-p.
+    The penalties count the delivered tokens (presence, frequency) or prompt and delivered tokens (repetition), as
+    in transformers and OpenAI's API. ``seed`` makes a request reproducible whatever runs beside it; choice i of n
+    uses a seed derived from it. ``min_tokens`` bars EOS and stop tokens until that many tokens are out.
+    ``max_new_tokens=None`` means up to the context's end; ``max_length`` counts prompt and new tokens together.
+    """
+
+    do_sample: bool = True
+    temperature: Annotated[Finite, Field(ge=0, le=100)] = 0.95
+    top_p: Annotated[Finite, Field(gt=0, le=1)] = 0.7
+    top_k: int = Field(50, ge=-1)
+    min_p: Annotated[Finite, Field(ge=0, le=1)] = 0.0
+    num_beams: int = Field(1, ge=1, le=32)
+    max_new_tokens: int | None = Field(1024, ge=1, validation_alias=AliasChoices("max_new_tokens", "max_tokens"))
+    max_length: int | None = Field(None, ge=1)
+    min_tokens: int = Field(0, ge=0, validation_alias=AliasChoices("min_tokens", "min_new_tokens"))
+    repetition_penalty: Annotated[Finite, Field(gt=0, le=10)] = 1.0
+    length_penalty: Finite = 1.0
+    presence_penalty: Annotated[Finite, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] = 0.0
+    logit_bias: dict[int, Annotated[Finite, Field(ge=-100, le=100)]] = Field(default_factory=dict)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=20)
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), max_length=16)
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    n: int = Field(1, ge=1, le=128, validation_alias=AliasChoices("n", "num_return_sequences"))
+    skip_special_tokens: bool = True
+    response_format: ResponseFormat = ResponseFormat()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_stop_is_a_list(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("stop"), str):
+            return {**values, "stop": (values["stop"],)}
+        if isinstance(values, dict) and values.get("stop", ()) is None:
+            return {**values, "stop": ()}
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs=True")
+        if self.max_new_tokens is not None and self.min_tokens > self.max_new_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} is above max_new_tokens={self.max_new_tokens}")
+        return self
+
+    @property
+    def is_greedy(self) -> bool:
+        return not self.do_sample or self.temperature == 0
+
+
+class ChatRequest(_Wire):
+    """A conversation and how to continue it.
+
+    ``system`` replaces the template's default system message; a first message of role system does the same.
+    ``tools`` are OpenAI tool definitions or LLaMA-Factory's bare functions. ``template_kwargs`` reach the
+    tokenizer's own chat template. ``prompt`` bypasses messages and template: raw text, or ready token ids.
+    """
+
+    kind: Literal["chat"] = "chat"
+    messages: tuple[Message, ...] = ()
+    prompt: str | tuple[int, ...] | None = None
+    system: str | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    tool_choice: str | dict[str, Any] = "auto"
+    parallel_tool_calls: bool = True
+    adapter: str | None = None
+    enable_thinking: bool | None = None
+    preserve_thinking: bool | None = None
+    template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    params: GenerationParams = GenerationParams()
+
+    @model_validator(mode="after")
+    def _messages_or_prompt(self) -> Self:
+        if (self.prompt is None) == (not self.messages):
+            raise ValueError("messages must not be empty" if self.prompt is None else "give messages or prompt, not both")
+        return self
+
+
+class ScoreRequest(_Wire):
+    """Texts to be scored by a reward model, one score each. ``max_length`` in tokens, truncating on the right."""
+
+    kind: Literal["score"] = "score"
+    texts: tuple[str, ...] = Field(min_length=1)
+    max_length: int | None = Field(None, ge=1)
+    adapter: str | None = None
+
+
+Request = Annotated[ChatRequest | ScoreRequest, Field(discriminator="kind")]
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter", "cancelled", "error"]
