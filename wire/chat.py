@@ -157,7 +157,9 @@ class ChatRequest(_Wire):
     @model_validator(mode="after")
     def _messages_or_prompt(self) -> Self:
         if (self.prompt is None) == (not self.messages):
-            raise ValueError("messages must not be empty" if self.prompt is None else "give messages or prompt, not both")
+            raise ValueError(
+                "messages must not be empty" if self.prompt is None else "give messages or prompt, not both"
+            )
         return self
 
 

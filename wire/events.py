@@ -47,14 +47,14 @@ class Event(msgspec.Struct, frozen=True, tag_field="type", omit_defaults=True):
     """Base of all events."""
 
 
-class Queued(Event, tag="queued"):
+class Queued(Event, tag="queued", frozen=True):
     """Written by submit; ``t_ms`` is Redis' clock in milliseconds since 1970, here and below."""
 
     t_ms: int = 0
     model: str = ""
 
 
-class Started(Event, tag="started"):
+class Started(Event, tag="started", frozen=True):
     """An attempt begins (or goes on where the last one stopped, when ``epoch`` > 1).
 
     ``parser`` says how to read tool calls and thoughts out of the text: ``{"tools": NAME, "think": [OPEN, CLOSE]}``."""
@@ -65,7 +65,7 @@ class Started(Event, tag="started"):
     parser: dict[str, Any] = {}
 
 
-class Delta(Event, tag="delta"):
+class Delta(Event, tag="delta", frozen=True):
     """New tokens of one choice. ``index`` is the position of the first of ``ids`` among the choice's tokens, from 0.
 
     Cut only where the text of all its tokens is final. ``text`` is "" for EOS and matched stop tokens."""
@@ -77,7 +77,7 @@ class Delta(Event, tag="delta"):
     logprobs: tuple[TokenLogprob, ...] = ()
 
 
-class ChoiceFinished(Event, tag="choice_finished"):
+class ChoiceFinished(Event, tag="choice_finished", frozen=True):
     """One of n choices is complete: ``tokens`` ids were delivered. ``stop`` is the matched stop string, if any."""
 
     choice: int
@@ -86,28 +86,28 @@ class ChoiceFinished(Event, tag="choice_finished"):
     stop: str | None = None
 
 
-class Finished(Event, tag="finished"):
+class Finished(Event, tag="finished", frozen=True):
     """Terminal: all is there. ``scores`` is set for scoring jobs only."""
 
     usage: Usage
     scores: tuple[float, ...] | None = None
 
 
-class Failed(Event, tag="failed"):
+class Failed(Event, tag="failed", frozen=True):
     """Terminal: the job failed; what was delivered before stays readable."""
 
     error: ErrorBody
     usage: Usage = Usage()
 
 
-class Cancelled(Event, tag="cancelled"):
+class Cancelled(Event, tag="cancelled", frozen=True):
     """Terminal: somebody cancelled it."""
 
     usage: Usage = Usage()
     reason: str = ""
 
 
-class Expired(Event, tag="expired"):
+class Expired(Event, tag="expired", frozen=True):
     """Terminal: its queue time-to-live or its total deadline passed (``error.code``)."""
 
     error: ErrorBody

@@ -1,0 +1,76 @@
+# Needs Python 3.11-3.13 (with venv) and make. `make` alone lists what there is.
+# VENV=DIR uses another environment; EXTRAS=... other extras; PYTHON=... another interpreter to make it with.
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+VENV ?= .venv
+EXTRAS ?= all,dev
+PYTHON ?= python3
+LOCK := deploy/constraints/lock.txt
+PY := $(VENV)/bin/python
+comma := ,
+READY := $(VENV)/.tokenfleet-$(subst $(comma),-,$(EXTRAS))
+SUITES ?= tests/unit tests/contract tests/integration tests/faults
+PYTEST_ARGS ?=
+# Whatever hangs, the run ends and its finalisers run.
+SUITE_LIMIT_S ?= 3000
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lint format pytest bench chaos compose-test gpu-test lock clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## make .venv and install everything, at the tested versions
+
+$(READY): pyproject.toml $(LOCK)
+	@test -x $(PY) || { \
+	  for python in $(PYTHON) python3.13 python3.12 python3.11; do \
+	    "$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && break; python=; done; \
+	  test -n "$$python" || { echo "make: no Python 3.11-3.13 found; name one with PYTHON=/path/to/python" >&2; exit 1; }; \
+	  echo "[setup] new environment in $(VENV) with $$("$$python" --version)"; \
+	  "$$python" -m venv $(VENV) || { echo "make: python's venv module is missing or broken (Debian: apt install python3-venv)" >&2; rm -rf $(VENV); exit 1; }; }
+	@echo "[setup] installing tokenfleet[$(EXTRAS)] at the versions of $(LOCK); the first time this fetches some 400 MB (torch)"
+	@$(PY) -m pip install --disable-pip-version-check -c $(LOCK) -e '.[$(EXTRAS)]' \
+	  | { grep --line-buffered -v '^Requirement already satisfied' || true; }
+	@$(PY) -c 'import tokenfleet, celery, redis' && $(PY) -m pip check >/dev/null || { $(PY) -m pip check; exit 1; }
+	@touch $@ && echo "[setup] ready"
+
+demo: $(READY) ## set up, start a local fleet with a real small model and watch it answer
+	@$(VENV)/bin/tokenfleet demo
+
+test: $(READY) lint ## set up, then everything CI runs: format, lint, types, import rules, all tests with coverage
+	$(PY) -m pytest $(wildcard $(SUITES)) --session-timeout=$(SUITE_LIMIT_S) --cov --cov-report=term $(PYTEST_ARGS)
+
+check: lint pytest ## the same without measuring coverage
+
+lint: $(READY)
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports --no-logo
+
+pytest: $(READY)
+	$(PY) -m pytest $(wildcard $(SUITES)) --session-timeout=$(SUITE_LIMIT_S) $(PYTEST_ARGS)
+
+format: $(READY) ## format, and fix what the linter can fix
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+bench: $(READY) ## run bench/ and print the figures with hardware, versions and spread
+	$(PY) -m bench
+
+chaos: $(READY) ## the long run of kills and outages
+	$(PY) -m pytest tests/faults -m 'fault' --session-timeout=14400 $(PYTEST_ARGS)
+
+compose-test: $(READY) ## build and start docker-compose.yml for real (root, Linux; fetches a Docker engine where none runs)
+	$(PY) -m pytest tests/compose -m compose $(PYTEST_ARGS)
+
+gpu-test: $(READY) ## the engines' suite on this machine's GPU
+	$(PY) -m pytest tests/gpu -m gpu $(PYTEST_ARGS)
+
+lock: $(READY) ## write the installed versions to deploy/constraints/lock.txt
+	@{ sed -n '/^#/p' $(LOCK); $(PY) -m pip freeze --exclude-editable --exclude pip --exclude setuptools --exclude wheel \
+	  | sed 's/+cpu$$//'; } > $(LOCK).new && mv $(LOCK).new $(LOCK) && touch $(READY)
+
+clean: ## remove build leftovers and caches, not .venv
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.*

@@ -1,0 +1,32 @@
+"""Marks and time limits by folder, so that a test file need not repeat them. Fixtures live beside their tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).parent
+
+# folder: (marker, seconds a test may take unless it says otherwise). A limit is for hangs, not an assertion of speed.
+_FOLDERS = {
+    "unit": ("unit", 60),
+    "contract": ("contract", 300),
+    "integration": ("integration", 180),
+    "faults": ("fault", 300),
+    "gpu": ("gpu", 600),
+    "browser": ("browser", 120),
+    "compose": ("compose", 1800),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not item.path.is_relative_to(_ROOT):
+            continue
+        folder = item.path.relative_to(_ROOT).parts[0]
+        if folder in _FOLDERS:
+            marker, limit_s = _FOLDERS[folder]
+            item.add_marker(marker)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(limit_s))

@@ -1,0 +1,1 @@
+"""A fleet of LLM inference workers behind a message queue."""
