@@ -1,0 +1,117 @@
+"""Every name in Redis, spelled here and nowhere else. (The Lua scripts build the same names from the prefix.)
+
+All begin with ``tokenfleet:<fleet>:`` but for the Celery queue lists and ``celery-task-meta-<job>``.
+
+| name                 | type    | what                                                         | writer            | ends          |
+|----------------------|---------|--------------------------------------------------------------|-------------------|---------------|
+| job:<id>             | hash    | the ledger entry                                             | all scripts       | retention     |
+| log:<id>             | stream  | the token log, ids ``<seq>-0``, one field ``e``              | submit, append, … | retention     |
+| live:<id>            | channel | the same events live: ``{"seq":first,"events":[…]}``         | submit, append, … |               |
+| queue:<queue>        | zset    | jobs waiting to be claimed; score = lane, then order         | submit, claim, …  | when empty    |
+| order:<queue>        | hash    | order counters and who was claimed when (lost-message rule)  | submit, claim     | never         |
+| due                  | zset    | delayed jobs by the time their message is to be sent         | submit, reap      | when empty    |
+| deadlines            | zset    | all jobs that have not ended, by the next deadline           | submit, claim, …  | when empty    |
+| workers              | zset    | worker id by the end of its lease (Redis ms)                 | beat, reap        | when empty    |
+| worker:<wid>         | hash    | what a worker says of itself                                 | beat              | with worker   |
+| jobs:<wid>           | set     | jobs the worker runs                                         | claim, …          | with worker   |
+| held:<wid>           | set     | jobs whose message a worker holds until it has room          | hold              | with worker   |
+| ctl:<wid>            | channel | orders to a worker: ``cancel <id>``, ``fenced``              | cancel, reap      |               |
+| models               | hash    | served models: name → JSON                                   | register          | never         |
+| queues               | set     | all queues                                                   | register          | never         |
+| dead                 | zset    | dead letters by time                                         | reap              | retention     |
+| outbox               | set     | ended jobs whose Celery links are still to be sent           | append, cancel, … | when empty    |
+| meta                 | hash    | incarnation, last reap, memory sample                        | reap, register    | never         |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+from dataclasses import dataclass
+from enum import IntEnum
+
+_ID = re.compile(r"^[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}$")
+
+
+class Priority(IntEnum):
+    """A lane of a queue; also kombu's priority step (lower is served first)."""
+
+    interactive = 0
+    normal = 3
+    batch = 6
+
+
+def new_id() -> str:
+    """128 random bits, in the form Celery uses for task ids."""
+    h = secrets.token_hex(16)
+    return f"{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:]}"
+
+
+def is_id(text: str) -> bool:
+    """Whether ``text`` can be a job's id: nothing else ever becomes part of a key."""
+    return bool(_ID.match(text))
+
+
+def slug(model: str) -> str:
+    """A model's name as it stands in its queue's: readable, safe, and distinct (6 hex of its sha256)."""
+    readable = re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")[:40]
+    return f"{readable}-{hashlib.sha256(model.encode()).hexdigest()[:6]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """The names of one fleet."""
+
+    fleet: str = "default"
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", self.fleet):
+            raise ValueError(f"fleet name {self.fleet!r}: use 1 to 64 letters, digits, '_', '.' or '-'")
+
+    @property
+    def prefix(self) -> str:
+        return f"tokenfleet:{self.fleet}:"
+
+    def job(self, job_id: str) -> str:
+        return f"{self.prefix}job:{job_id}"
+
+    def log(self, job_id: str) -> str:
+        return f"{self.prefix}log:{job_id}"
+
+    def live(self, job_id: str) -> str:
+        return f"{self.prefix}live:{job_id}"
+
+    def control(self, worker_id: str) -> str:
+        return f"{self.prefix}ctl:{worker_id}"
+
+    def worker(self, worker_id: str) -> str:
+        return f"{self.prefix}worker:{worker_id}"
+
+    def waiting(self, model: str) -> str:
+        return f"{self.prefix}queue:{self.queue(model)}"
+
+    @property
+    def workers(self) -> str:
+        return f"{self.prefix}workers"
+
+    @property
+    def models(self) -> str:
+        return f"{self.prefix}models"
+
+    @property
+    def meta(self) -> str:
+        return f"{self.prefix}meta"
+
+    @property
+    def dead(self) -> str:
+        return f"{self.prefix}dead"
+
+    @property
+    def unacked(self) -> str:
+        """kombu's own books of delivered, unacknowledged messages (hash; ``<this>_index`` is a zset)."""
+        return f"{self.prefix}unacked"
+
+    def queue(self, model: str) -> str:
+        """The Celery queue of a served model."""
+        return f"tokenfleet.{self.fleet}.{slug(model)}"

@@ -1,0 +1,9 @@
+-- Hand a running job over: it goes to the next worker at once, without a strike.
+-- ARGV: prefix, id, epoch, owner.  Returns 'ok' | 'fenced' | 'gone'
+local f = redis.call('HMGET', job_key(ARGV[2]), 'state', 'epoch', 'owner', 'handed_by')
+if not f[1] then return 'gone' end
+if f[4] == ARGV[4] then return 'ok' end
+if f[1] ~= 'running' or f[2] ~= ARGV[3] or f[3] ~= ARGV[4] then return 'fenced' end
+redis.call('HSET', job_key(ARGV[2]), 'handed_by', ARGV[4], 'strikes', 0)
+requeue(ARGV[2])
+return 'ok'

@@ -1,0 +1,32 @@
+-- ARGV: prefix, id, digest, model, queue, priority, delay_ms, queue_ttl_ms, deadline_ms, max_queued, field, value, …
+-- Returns {'accepted', n waiting before it} | {'exists'} | {'conflict'} | {'unknown_model'} |
+--         {'memory_full', percent} | {'queue_full', n, claims per second in the last 10 s}
+local id, digest, model, queue, priority = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+local delay, queue_ttl, deadline, max_queued = num(ARGV[7]), num(ARGV[8]), num(ARGV[9]), num(ARGV[10])
+local job = job_key(id)
+local known = redis.call('HGET', job, 'digest')
+if known then return { known == digest and 'exists' or 'conflict' } end
+if redis.call('HEXISTS', P .. 'models', model) == 0 then return { 'unknown_model' } end
+local memory = num(redis.call('HGET', P .. 'meta', 'memory_percent'))
+if memory >= 80 then return { 'memory_full', memory } end
+local waiting = redis.call('ZCARD', P .. 'queue:' .. queue)
+if waiting >= max_queued then
+  local claimed, second = 0, math.floor(NOW / 1000)
+  for k = 1, 10 do claimed = claimed + num(redis.call('HGET', P .. 'order:' .. queue, 'count' .. (second - k))) end
+  return { 'queue_full', waiting, tostring(claimed / 10) }
+end
+local fields = { 'state', 'queued', 'digest', digest, 'model', model, 'queue', queue, 'priority', priority,
+  'epoch', 0, 'owner', '', 'worker', '', 'seq', 1, 'tokens', 0, 'strikes', 0, 'submitted_ms', NOW,
+  'deadline_ms', NOW + deadline }
+for k = 11, #ARGV do fields[#fields + 1] = ARGV[k] end
+redis.call('HSET', job, unpack(fields))
+local event = '{"type":"queued","t_ms":' .. NOW .. ',"model":' .. cjson.encode(model) .. '}'
+redis.call('XADD', log_key(id), '1-0', 'e', event)
+redis.call('ZADD', P .. 'deadlines', NOW + math.min(deadline, delay + queue_ttl), id)
+if delay > 0 then
+  redis.call('ZADD', P .. 'due', NOW + delay, id)
+else
+  enqueue(id, queue, priority, false)
+end
+publish(id, 1, event)
+return { 'accepted', waiting }
