@@ -53,9 +53,7 @@ class RedisAddress:
     def for_redis_py(self) -> str:
         """What ``redis.Redis.from_url`` takes. Raises `ConfigurationError` for a Sentinel, which has no such URL."""
         if self.scheme == "sentinel":
-            raise ConfigurationError(
-                "redis-py has no URL for Redis Sentinel.", hint="Use tokenfleet.wire.urls.connect."
-            )
+            raise ConfigurationError("redis-py has no URL for a Sentinel.", hint="Use tokenfleet.wire.urls.connect.")
         return self.url()
 
     def for_celery(self) -> str:
@@ -101,7 +99,7 @@ def parse(url: str) -> RedisAddress:
     """Read a URL of any supported form. Raises `ConfigurationError`, whose text never repeats the URL's password."""
     if not isinstance(url, str) or "://" not in url:
         raise ConfigurationError("The Redis URL has no scheme.", hint=_HINT)
-    first = url.split(";")[0]  # Celery's list of sentinels repeats scheme and login for each
+    first = url.partition(";")[0]  # Celery's list of sentinels repeats scheme and login for each
     scheme, _, rest = first.partition("://")
     scheme = _ALIASES.get(scheme.lower(), scheme.lower())
     if scheme not in SCHEMES:
@@ -113,10 +111,8 @@ def parse(url: str) -> RedisAddress:
     common = {"username": unquote(username), "password": unquote(password)}
     if scheme == "unix":
         if netloc or not parts.path.strip("/"):
-            raise ConfigurationError(
-                "A unix:// URL needs an absolute path: three slashes, or a login and one.", hint=_HINT
-            )
-        db = _db(query.pop("virtual_host", None) or query.pop("db", None) or "0")
+            raise ConfigurationError("A unix:// URL needs an absolute path.", hint=_HINT)
+        db = _db(query.pop("virtual_host", "") or query.pop("db", "") or "0")
         return RedisAddress("unix", (), unquote(parts.path), db, options=tuple(query.items()), **common)
     hosts = [netloc, *(urlsplit("redis://" + more.partition("://")[2]).netloc.rpartition("@")[2]
                        for more in url.split(";")[1:])]  # fmt: skip
@@ -124,7 +120,7 @@ def parse(url: str) -> RedisAddress:
     pairs = tuple(_pair(host, _DEFAULT_PORTS[scheme]) for group in hosts for host in group.split(","))
     if scheme != "sentinel" and len(pairs) > 1:
         raise ConfigurationError("A redis:// URL names one host.", hint="For several sentinels use sentinel://.")
-    db = _db(query.pop("db", None) or parts.path.strip("/") or "0")
+    db = _db(query.pop("db", "") or parts.path.strip("/") or "0")
     return RedisAddress(scheme, pairs, "", db, master_name=master_name, options=tuple(query.items()), **common)
 
 
@@ -147,23 +143,25 @@ def redacted(url: str) -> str:
 def connect(url: str, **options: Any) -> Any:
     """A ``redis.Redis`` for any supported URL, Sentinel included; ``options`` are redis-py's own."""
     import redis
-    from redis.sentinel import Sentinel
+    import redis.sentinel
 
     address = parse(url)
     if address.scheme != "sentinel":
         return redis.Redis.from_url(address.for_redis_py(), **options)
-    return Sentinel(address.hosts).master_for(address.master_name, **_login_options(address), **options)
+    sentinel: Any = redis.sentinel.Sentinel  # redis-py has no types for it
+    return sentinel(list(address.hosts)).master_for(address.master_name, **_login_options(address), **options)
 
 
 def connect_async(url: str, **options: Any) -> Any:
     """A ``redis.asyncio.Redis`` for any supported URL; see `connect`."""
     import redis.asyncio
-    from redis.asyncio.sentinel import Sentinel
+    import redis.asyncio.sentinel
 
     address = parse(url)
     if address.scheme != "sentinel":
         return redis.asyncio.Redis.from_url(address.for_redis_py(), **options)
-    return Sentinel(list(address.hosts)).master_for(address.master_name, **_login_options(address), **options)
+    sentinel: Any = redis.asyncio.sentinel.Sentinel
+    return sentinel(list(address.hosts)).master_for(address.master_name, **_login_options(address), **options)
 
 
 def _login_options(address: RedisAddress) -> dict[str, Any]:
