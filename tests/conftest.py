@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["tests.servers"]  # redis_server, shared_redis
+
 _ROOT = Path(__file__).parent
 
 # folder: (marker, seconds a test may take unless it says otherwise). A limit is for hangs, not an assertion of speed.
