@@ -87,6 +87,8 @@ class EngineInfo:
     adapters: tuple[str, ...] = ()
     can_score: bool = False
     modalities: tuple[str, ...] = ("text",)
+    eos_ids: frozenset[int] = frozenset()
+    """What ends a text by the model's own generation config, beside the tokenizer's EOS."""
 
 
 class Engine(Protocol):

@@ -217,9 +217,11 @@ class Ledger:
         """Hand a running job to the next worker, without a strike."""
         return str((await self._run("release", claim.job_id, claim.epoch, claim.owner)).decode())
 
-    async def serve(self, model: ServedModel, nonce: str) -> str:
-        """Register a served model. Returns the data set's incarnation id."""
-        reply = await self._run("serve", model.name, self.keys.queue(model.name), msgspec.json.encode(model), nonce)
+    async def serve(self, model: ServedModel, nonce: str, *, lease_ms: int = 3000, normal_gap_ms: int = 1500) -> str:
+        """Register a served model and the leases' terms. Returns the data set's incarnation id."""
+        reply = await self._run(
+            "serve", model.name, self.keys.queue(model.name), msgspec.json.encode(model), nonce, lease_ms, normal_gap_ms
+        )
         return str(reply.decode())
 
     async def bury(self, worker: str) -> tuple[int, int]:
@@ -227,8 +229,9 @@ class Ledger:
         requeued, given_up = await self._run("bury", worker)
         return int(requeued), int(given_up)
 
-    async def reap(self, lease_ms: int, normal_gap_ms: int) -> Reaped:
-        r = await self._run("reap", lease_ms, normal_gap_ms)
+    async def reap(self) -> Reaped:
+        """The housekeeping that whoever watches a fleet does: dead workers, deadlines, lost messages."""
+        r = await self._run("reap")
         return Reaped(int(r[0]), int(r[1]), int(r[2]), int(r[3]), int(r[4]), tuple(i.decode() for i in r[5:]))
 
     async def poll(self, job_ids: Sequence[str]) -> list[Polled | None]:

@@ -1,8 +1,9 @@
 -- The housekeeping that any worker, collector or gateway may run; at most one run does work in 200 ms.
--- ARGV: prefix, lease_ms, the longest gap between two runs that still counts as normal, in ms
+-- ARGV: prefix.  The lease and the longest gap between two runs that still counts as normal are the workers' own.
 -- Returns {requeued, given up, expired, sent again, n due, id whose Celery links are to be sent, …}
-local lease, normal_gap = num(ARGV[2]), num(ARGV[3])
 local meta = P .. 'meta'
+local settings = redis.call('HMGET', meta, 'lease_ms', 'normal_gap_ms')
+local lease, normal_gap = tonumber(settings[1]) or 3000, tonumber(settings[2]) or 1500
 local last = num(redis.call('HGET', meta, 'reaped_ms'))
 if NOW - last < 200 and NOW >= last then return { 0, 0, 0, 0, 0 } end
 redis.call('HSET', meta, 'reaped_ms', NOW)

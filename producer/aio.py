@@ -1,0 +1,281 @@
+"""The asynchronous client: submit jobs, follow their tokens, fetch results, cancel. `sync` has its blocking twin."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from tokenfleet.producer.assembly import Assembly
+from tokenfleet.producer.collector import Collector, Follower, is_terminal
+from tokenfleet.producer.requests import Messages, chat_request, check_size, score_request
+from tokenfleet.wire import urls
+from tokenfleet.wire.chat import ChatRequest, ScoreRequest
+from tokenfleet.wire.errors import (
+    FleetUnavailable,
+    JobCancelled,
+    JobExpired,
+    UnknownModel,
+    from_body,
+)
+from tokenfleet.wire.events import AnyEvent, Cancelled, Delta, Expired, Failed
+from tokenfleet.wire.jobs import JobOptions, JobStatus, ServedModel, State, dump_request
+from tokenfleet.wire.keys import Keys, new_id
+from tokenfleet.wire.ledger import Ledger, translated
+from tokenfleet.wire.results import ChatResult
+
+MIN_REDIS, MIN_VALKEY = (7, 0), (7, 2)
+
+
+class AsyncStream:
+    """A job's events from a cursor on: an async iterator and a context manager.
+
+    Iterate it for typed events, or `text` for text pieces only. ``cursor`` is the last event's seq: hand it to
+    `AsyncJob.stream` (here or in another process) to go on from there. Leaving it early costs the job nothing, unless
+    the job was submitted with ``cancel_on_disconnect``."""
+
+    def __init__(self, job: AsyncJob, after: int) -> None:
+        self._job = job
+        self._after = after
+        self._context = contextlib.AsyncExitStack()
+        self._follower: Follower | None = None
+        self._batch: list[tuple[int, AnyEvent]] = []
+        self._ended = False
+        self.cursor = after
+
+    async def __aenter__(self) -> Self:
+        if self._follower is None and not self._ended:
+            collector = await self._job._client._collector()
+            self._follower = await self._context.enter_async_context(collector.follow(self._job.id, self._after))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        follower, self._follower = self._follower, None
+        await self._context.aclose()
+        if follower is not None and not self._ended and self._job._cancel_on_disconnect:
+            await self._job.cancel("the reader left")
+        self._ended = True
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> AnyEvent:
+        if not self._batch:
+            self._batch = (await self.next_batch())[::-1]
+        if not self._batch:
+            raise StopAsyncIteration
+        self.cursor, event = self._batch.pop()
+        return event
+
+    async def next_batch(self) -> list[tuple[int, AnyEvent]]:
+        """All events that are there now, waiting for one; empty after the terminal one."""
+        if self._ended:
+            return []
+        await self.__aenter__()
+        assert self._follower is not None
+        batch = await self._follower.next_batch()
+        if is_terminal(batch[-1][1]):
+            self._ended = True
+            await self.aclose()
+        return batch
+
+    async def text(self, choice: int = 0) -> AsyncGenerator[str, None]:
+        """The text of one choice, piece by piece. Raises the job's error if it does not finish."""
+        async for event in self:
+            if piece := piece_of(event, choice):
+                yield piece
+
+
+class AsyncJob:
+    """A submitted job. Its ``id`` is all that another process needs: ``client.job(id)``."""
+
+    def __init__(self, client: AsyncClient, job_id: str, *, cancel_on_disconnect: bool = False) -> None:
+        self.id = job_id
+        self._client = client
+        self._cancel_on_disconnect = cancel_on_disconnect
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.id!r})"
+
+    def stream(self, after: int = 0) -> AsyncStream:
+        """Events after the cursor ``after`` (0: from the start), from any number of readers, at any time."""
+        return AsyncStream(self, after)
+
+    async def text(self, choice: int = 0) -> AsyncGenerator[str, None]:
+        """The answer's text as it is written."""
+        async with self.stream() as stream, contextlib.aclosing(stream.text(choice)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def result(self, timeout: float | None = None) -> ChatResult:
+        """Wait for the whole answer. Raises the job's error, or `TimeoutError` after ``timeout`` seconds (the job goes
+        on)."""
+        assembly = Assembly(self.id)
+        async with asyncio.timeout(timeout), self.stream() as stream:
+            while batch := await stream.next_batch():
+                for _, event in batch:
+                    assembly.add(event)
+        assert assembly.terminal is not None
+        raise_for(assembly.terminal)
+        return assembly.result()
+
+    async def cancel(self, reason: str = "") -> State:
+        """End the job, queued or running. Returns its state: ``cancelled``, or how it had ended before."""
+        return await self._client._ledger.cancel(self.id, reason)
+
+    async def status(self) -> JobStatus:
+        return await self._client._ledger.status(self.id)
+
+
+class AsyncClient:
+    """A connection to a fleet. Use it as ``async with AsyncClient(url) as client``, from one event loop.
+
+    ``model`` is the served model that jobs go to unless they name another; with one served model it may be left out.
+    Raises `FleetUnavailable` when Redis can't be reached, is too old, or may evict keys."""
+
+    def __init__(self, redis_url: str, *, fleet: str = "default", model: str | None = None, max_queued: int = 100_000):
+        self.keys = Keys(fleet)
+        self._model = model
+        self._max_queued = max_queued
+        self._redis = urls.connect_async(redis_url, socket_timeout=10.0, socket_connect_timeout=3.0)
+        self._ledger = Ledger(self._redis, self.keys)
+        self._collecting: Collector | None = None
+        self._is_checked = False
+
+    async def __aenter__(self) -> Self:
+        await self.check()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        if self._collecting is not None:
+            await self._collecting.close()
+        await self._redis.aclose()
+
+    async def submit(self, messages: Messages = (), *, job_id: str | None = None, **named: Any) -> AsyncJob:
+        """Queue a chat and return at once.
+
+        ``messages`` is a list of messages, or a string: one user message. All else by name: ``model``; of the request
+        (system, tools, adapter, enable_thinking, …), of the job (priority, tags, deadline_s, queue_ttl_s, retention_s,
+        countdown or eta, durable, …), and generation parameters (temperature, max_new_tokens, …). The same ``job_id``
+        with the same body is the same job. Raises `InvalidRequest`, `UnknownModel`, `Overloaded`, `JobConflict`."""
+        model = named.pop("model", None)
+        request, options = chat_request(messages, named)
+        return await self._submit(request, options, model, job_id)
+
+    async def submit_scores(self, texts: Sequence[str], *, job_id: str | None = None, **named: Any) -> AsyncJob:
+        """Queue texts to be scored by a reward model; ``result().scores`` has one number each."""
+        model = named.pop("model", None)
+        request, options = score_request(texts, named)
+        return await self._submit(request, options, model, job_id)
+
+    async def chat(self, messages: Messages = (), **named: Any) -> ChatResult:
+        """`submit`, and wait for the whole answer."""
+        return await (await self.submit(messages, **named)).result()
+
+    async def scores(self, texts: Sequence[str], **named: Any) -> ChatResult:
+        """`submit_scores`, and wait for the scores."""
+        return await (await self.submit_scores(texts, **named)).result()
+
+    async def submit_many(self, chats: Iterable[Messages | Mapping[str, Any]], **named: Any) -> list[AsyncJob]:
+        """Queue many chats; each is messages, or a mapping of `submit`'s arguments that overrides ``named``."""
+        calls = [{**named, **chat} if isinstance(chat, Mapping) else {**named, "messages": chat} for chat in chats]
+        # All are validated before the first is queued.
+        for call in calls:
+            rest = {name: value for name, value in call.items() if name not in ("messages", "model", "job_id")}
+            chat_request(call.get("messages", ()), rest)
+        jobs: list[AsyncJob] = []
+        for start in range(0, len(calls), 64):
+            jobs += await asyncio.gather(*(self.submit(**call) for call in calls[start : start + 64]))
+        return jobs
+
+    def job(self, job_id: str, *, cancel_on_disconnect: bool = False) -> AsyncJob:
+        """A job that was submitted elsewhere."""
+        return AsyncJob(self, job_id, cancel_on_disconnect=cancel_on_disconnect)
+
+    async def models(self) -> dict[str, ServedModel]:
+        return await self._ledger.models()
+
+    async def workers(self) -> list[dict[str, str]]:
+        """What the live workers say of themselves."""
+        return await self._ledger.workers()
+
+    async def check(self) -> None:
+        """Raises `FleetUnavailable` if this Redis can't hold a fleet."""
+        async with translated():
+            info = await self._redis.info()
+        name, floor = ("Valkey", MIN_VALKEY) if "valkey_version" in info else ("Redis", MIN_REDIS)
+        version = str(info.get("valkey_version") or info["redis_version"])
+        if tuple(int(part) for part in version.split(".")[:2]) < floor:
+            raise FleetUnavailable(
+                f"{name} {version} is too old.", code="redis_too_old", hint=f"{floor[0]}.{floor[1]} or newer is needed."
+            )
+        policy = info.get("maxmemory_policy", "noeviction")
+        if policy != "noeviction":
+            raise FleetUnavailable(
+                f"Redis may evict keys (maxmemory-policy {policy}), so it could lose jobs.",
+                code="wrong_eviction_policy",
+                hint="Set maxmemory-policy noeviction.",
+            )
+        self._is_checked = True
+
+    async def _submit(
+        self, request: ChatRequest | ScoreRequest, options: JobOptions, model: str | None, job_id: str | None
+    ) -> AsyncJob:
+        if not self._is_checked:
+            await self.check()
+        body = dump_request(request)
+        check_size(body)
+        job_id = job_id or new_id()
+        model = model or self._model or await self._only_model()
+        try:
+            await self._ledger.submit(job_id, model, body, options, max_queued=self._max_queued)
+        except UnknownModel as error:
+            known = ", ".join(sorted(await self.models())) or "none yet"
+            raise UnknownModel(error.message, hint=f"Served models: {known}.", model=model) from None
+        return AsyncJob(self, job_id, cancel_on_disconnect=options.cancel_on_disconnect)
+
+    async def _only_model(self) -> str:
+        models = await self.models()
+        if len(models) == 1:
+            self._model = next(iter(models))
+            return self._model
+        known = ", ".join(sorted(models)) or "none yet"
+        raise UnknownModel("Which model? The fleet serves not exactly one.", hint=f"Served models: {known}.")
+
+    async def _collector(self) -> Collector:
+        if self._collecting is None:
+            self._collecting = Collector(self._ledger)
+        return self._collecting
+
+
+def piece_of(event: AnyEvent, choice: int = 0) -> str:
+    """The text that an event adds to one choice. Raises what a terminal event says, unless the job finished."""
+    if isinstance(event, Delta):
+        return event.text if event.choice == choice else ""
+    raise_for(event)
+    return ""
+
+
+def raise_for(event: AnyEvent) -> None:
+    """Raise what a terminal event says, unless the job finished."""
+    match event:
+        case Failed(error=body):
+            raise from_body(body)
+        case Expired(error=body):
+            raise JobExpired(body.message, hint=body.hint, **body.details)
+        case Cancelled(reason=reason):
+            raise JobCancelled(f"The job was cancelled{': ' + reason if reason else ''}.")
+        case _:
+            pass

@@ -1,0 +1,176 @@
+"""LLaMA-Factory's `ChatModel`, on a fleet: same arguments, same calls, any number of callers and threads."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from tokenfleet.producer.aio import piece_of
+from tokenfleet.producer.arguments import FleetArguments, split_arguments
+from tokenfleet.producer.local_fleet import LocalFleet, ensure
+from tokenfleet.producer.requests import Messages
+from tokenfleet.producer.sync import Client
+from tokenfleet.wire.errors import ConfigurationError
+from tokenfleet.wire.results import ChatResult
+
+_Media = Sequence[Any] | None
+
+
+@dataclass
+class Response:
+    """One choice, in LLaMA-Factory's words; lengths in tokens."""
+
+    response_text: str
+    response_length: int
+    prompt_length: int
+    finish_reason: Literal["stop", "length"] | str
+
+
+class ChatModel:
+    """Chat with a model as LLaMA-Factory's class of this name does.
+
+    ``args`` with a model (``model_name_or_path``, ``template``, ``infer_backend``, …) starts a private local fleet that
+    is gone with this process or at `close`; ``args={"redis_url": …, "model": …}`` connects to a running one. None or an
+    empty ``args`` takes the default small model. Generation parameters among ``args`` are defaults of every call.
+    Raises `ConfigurationError` for unknown arguments, by name."""
+
+    def __init__(self, args: Mapping[str, Any] | None = None) -> None:
+        self.args, self._defaults = split_arguments(args or {})
+        self._fleet: LocalFleet | None = None
+        url, fleet = self.args.redis_url, self.args.fleet
+        if url is None:
+            self._fleet = _start(self.args)
+            url, fleet = self._fleet.url, self._fleet.fleet
+        elif self.args.model_name_or_path:
+            raise ConfigurationError(
+                "redis_url and model_name_or_path exclude one another.",
+                hint="A running fleet's models have names: give model.",
+            )
+        try:
+            model = self.args.served_as if self._fleet is not None or self.args.model else None
+            self._client = Client(url, fleet=fleet, model=model)
+        except BaseException:
+            self._stop()
+            raise
+
+    @property
+    def client(self) -> Client:
+        """The asynchronous API beneath: submit, stream, cancel."""
+        return self._client
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection, and stop the private fleet."""
+        self._client.close()
+        self._stop()
+
+    def chat(
+        self,
+        messages: Messages,
+        system: str | None = None,
+        tools: str | Sequence[Mapping[str, Any]] | None = None,
+        images: _Media = None,
+        videos: _Media = None,
+        audios: _Media = None,
+        **input_kwargs: Any,
+    ) -> list[Response]:
+        """The whole answer, one `Response` a choice. ``messages`` is never changed."""
+        request = self._named(system, tools, images, videos, audios, input_kwargs)
+        return _responses(self._client.submit(messages, **request).result())
+
+    async def achat(
+        self,
+        messages: Messages,
+        system: str | None = None,
+        tools: str | Sequence[Mapping[str, Any]] | None = None,
+        images: _Media = None,
+        videos: _Media = None,
+        audios: _Media = None,
+        **input_kwargs: Any,
+    ) -> list[Response]:
+        """`chat`, for any event loop."""
+        request = self._named(system, tools, images, videos, audios, input_kwargs)
+        return _responses(await self._client.thread.arun(self._client.aio.chat(messages, **request)))
+
+    def stream_chat(
+        self,
+        messages: Messages,
+        system: str | None = None,
+        tools: str | Sequence[Mapping[str, Any]] | None = None,
+        images: _Media = None,
+        videos: _Media = None,
+        audios: _Media = None,
+        **input_kwargs: Any,
+    ) -> Generator[str, None, None]:
+        """The answer's text as it is written. Closing the generator early cancels the job."""
+        request = self._named(system, tools, images, videos, audios, input_kwargs)
+        with self._client.submit(messages, **request, cancel_on_disconnect=True).stream() as stream:
+            yield from stream.text()
+
+    async def astream_chat(
+        self,
+        messages: Messages,
+        system: str | None = None,
+        tools: str | Sequence[Mapping[str, Any]] | None = None,
+        images: _Media = None,
+        videos: _Media = None,
+        audios: _Media = None,
+        **input_kwargs: Any,
+    ) -> AsyncGenerator[str, None]:
+        """`stream_chat`, for any event loop."""
+        thread, aio = self._client.thread, self._client.aio
+        request = self._named(system, tools, images, videos, audios, input_kwargs)
+        job = await thread.arun(aio.submit(messages, **request, cancel_on_disconnect=True))
+        stream = job.stream()
+        try:
+            while batch := await thread.arun(stream.next_batch()):
+                for _, event in batch:
+                    if piece := piece_of(event):
+                        yield piece
+        finally:
+            await thread.arun(stream.aclose())
+
+    def get_scores(self, batch_input: Sequence[str], **input_kwargs: Any) -> list[float]:
+        """One reward a text."""
+        scores = self._client.submit_scores(batch_input, **input_kwargs).result().scores
+        return list(scores or ())
+
+    async def aget_scores(self, batch_input: Sequence[str], **input_kwargs: Any) -> list[float]:
+        """`get_scores`, for any event loop."""
+        result = await self._client.thread.arun(self._client.aio.scores(batch_input, **input_kwargs))
+        return list(result.scores or ())
+
+    def _named(
+        self, system: Any, tools: Any, images: _Media, videos: _Media, audios: _Media, more: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What `Client.submit` takes; what is given in the call wins over the defaults."""
+        media = {"images": images, "videos": videos, "audios": audios}
+        return {**self._defaults, **more, "system": system, "tools": tools} | {k: v for k, v in media.items() if v}
+
+    def _stop(self) -> None:
+        if self._fleet is not None:
+            self._fleet.stop()
+            self._fleet = None
+
+
+def _start(args: FleetArguments) -> LocalFleet:
+    fleet = ensure(config=args.local_fleet(persistent=False), private=True)
+    try:
+        fleet.wait_ready(timeout_s=3600.0)
+    except BaseException:
+        fleet.stop()
+        raise
+    return fleet
+
+
+def _responses(result: ChatResult) -> list[Response]:
+    return [
+        Response(choice.text, len(choice.ids), result.usage.prompt_tokens, choice.finish_reason)
+        for choice in result.choices
+    ]

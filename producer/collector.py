@@ -1,0 +1,283 @@
+"""The collector: log and channel of many jobs, read over one multiplexed connection, as ordered events.
+
+The log is the truth, the channel a hint: a follower subscribes first, then reads the log from its cursor, then follows
+live; it drops what it has seen, and fills any gap from the log. A lost *last* message shows no gap, so once a second
+one call asks for state and last event of all silent jobs, and does the fleet's housekeeping: whoever watches a job may
+end it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError
+
+from tokenfleet.wire.errors import FleetUnavailable, LostState
+from tokenfleet.wire.events import TERMINAL, AnyEvent
+from tokenfleet.wire.ledger import Ledger, unknown
+
+log = logging.getLogger(__name__)
+
+BUFFER_EVENTS = 1024
+SILENCE_S = 1.0
+PATIENCE_S = 60.0
+
+
+class _Live(msgspec.Struct):
+    seq: int
+    events: list[AnyEvent]
+
+
+_live_decoder = msgspec.json.Decoder(_Live)
+
+
+class Follower:
+    """One reader of one job, from a cursor on. Read it with `next_batch` until it returns the terminal event.
+
+    A reader slower than the job costs no memory: beyond ``BUFFER_EVENTS`` it falls back to reading the log."""
+
+    def __init__(self, ledger: Ledger, job_id: str, after: int) -> None:
+        self.job_id = job_id
+        self.cursor = after
+        self._ledger = ledger
+        self._live: deque[tuple[int, list[AnyEvent]]] = deque()
+        self._buffered = 0
+        self._wake = asyncio.Event()
+        self._read_log = True
+        self._seen = after > 0
+        self._error: Exception | None = None
+        self.heard_s = time.monotonic()
+
+    async def next_batch(self) -> list[tuple[int, AnyEvent]]:
+        """Wait for new events: at least one (seq, event), in order, without gap or repeat.
+
+        Raises `UnknownJob`, `LostState`, or `FleetUnavailable` when Redis stays away."""
+        while True:
+            if self._error:
+                raise self._error
+            if (batch := self._from_live()) or (self._read_log and (batch := await self._from_log())):
+                self.cursor = batch[-1][0]
+                self._seen = True
+                return batch
+            if not self._read_log and not self._live:
+                self._wake.clear()
+                await self._wake.wait()
+
+    def hear(self, seq: int, events: list[AnyEvent]) -> None:
+        """The collector's own call, with what came on the channel."""
+        self.heard_s = time.monotonic()
+        if self._buffered > BUFFER_EVENTS:
+            self._live.clear()
+            self._buffered = 0
+            self._read_log = True
+        else:
+            self._live.append((seq, events))
+            self._buffered += len(events)
+        self._wake.set()
+
+    def check(self, last_seq: int | None) -> None:
+        """The collector's own call, with the job's last event by the ledger; None if the job is gone."""
+        if last_seq is None:
+            self.fail(
+                LostState(
+                    f"Job {self.job_id} vanished before it ended.", hint="Redis came back without it; submit again."
+                )
+                if self._seen
+                else unknown(self.job_id)
+            )
+        elif last_seq < self.cursor:
+            self.fail(
+                LostState(f"Redis lost the end of job {self.job_id}: {last_seq} events, {self.cursor} were read.")
+            )
+        elif last_seq > self.cursor:
+            self._read_log = True
+            self._wake.set()
+
+    def fail(self, error: Exception) -> None:
+        self._error = error
+        self._wake.set()
+
+    def _from_live(self) -> list[tuple[int, AnyEvent]]:
+        batch: list[tuple[int, AnyEvent]] = []
+        expected = self.cursor + 1
+        while self._live:
+            seq, events = self._live[0]
+            if seq > expected:
+                if not batch:
+                    self._read_log = True  # a gap: the log has what is missing
+                break
+            self._live.popleft()
+            self._buffered -= len(events)
+            for event in events[expected - seq :]:
+                batch.append((expected, event))
+                expected += 1
+        return batch
+
+    async def _from_log(self) -> list[tuple[int, AnyEvent]]:
+        self._read_log = False
+        has_gap = bool(self._live) and self._live[0][0] > self.cursor + 1
+        events = await self._patiently()
+        if not events:
+            if has_gap:  # durable first, live second: what was said live must be in the log, and isn't any more
+                self.fail(LostState(f"Redis lost events of job {self.job_id} after {self.cursor}."))
+            elif not self._live:
+                self.check(await self._last_seq())
+            return []
+        first = events[0][0]
+        if first != self.cursor + 1 or events[-1][0] != first + len(events) - 1:
+            raise LostState(f"The log of job {self.job_id} has a gap after event {self.cursor}.")
+        if len(events) == BUFFER_EVENTS:
+            self._read_log = True
+        return events
+
+    async def _last_seq(self) -> int | None:
+        try:
+            polled = (await self._ledger.poll([self.job_id]))[0]
+        except (RedisError, OSError):
+            return self.cursor
+        return polled.seq if polled else None
+
+    async def _patiently(self) -> list[tuple[int, AnyEvent]]:
+        """Read the log, waiting out an outage of Redis."""
+        until = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return await self._ledger.read(self.job_id, self.cursor, BUFFER_EVENTS)
+            except (RedisError, OSError) as error:
+                if time.monotonic() > until:
+                    raise FleetUnavailable(
+                        f"Redis has been away for {PATIENCE_S:.0f} s.", code="redis_unavailable"
+                    ) from error
+                await asyncio.sleep(0.2)
+
+
+class Collector:
+    """Follows any number of jobs. ``ledger`` has the connection for reading logs; one more is used for channels."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._prefix = ledger.keys.live("")
+        self._followers: dict[str, set[Follower]] = {}
+        self._confirmed: dict[str, asyncio.Future[None]] = {}
+        self._pubsub: Any = ledger.client.pubsub()
+        self._changed = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._pubsub.aclose()
+
+    @asynccontextmanager
+    async def follow(self, job_id: str, after: int = 0) -> AsyncIterator[Follower]:
+        """A follower that gets every event after the cursor ``after``. Leaving the block unsubscribes."""
+        follower = Follower(self._ledger, job_id, after)
+        await self._subscribe(job_id, follower)
+        try:
+            yield follower
+        finally:
+            await self._unsubscribe(job_id, follower)
+
+    async def _subscribe(self, job_id: str, follower: Follower) -> None:
+        if not self._tasks:
+            self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._watch())]
+        first = job_id not in self._followers
+        self._followers.setdefault(job_id, set()).add(follower)
+        if first:
+            self._confirmed[job_id] = asyncio.get_running_loop().create_future()
+            # While Redis is away the listener subscribes to all that there is once it is back.
+            with contextlib.suppress(RedisError, OSError):
+                await self._pubsub.subscribe(self._prefix + job_id)
+        self._changed.set()
+        try:
+            # Reading the log before the subscription stands could miss an event; but don't wait for ever.
+            await asyncio.wait_for(asyncio.shield(self._confirmed[job_id]), 5.0)
+        except TimeoutError:
+            log.info("job %s: no live events yet; reading its log", job_id)
+
+    async def _unsubscribe(self, job_id: str, follower: Follower) -> None:
+        followers = self._followers[job_id]
+        followers.discard(follower)
+        if not followers:
+            del self._followers[job_id]
+            self._confirmed.pop(job_id).cancel()
+            with contextlib.suppress(RedisError, OSError):
+                await self._pubsub.unsubscribe(self._prefix + job_id)
+
+    async def _listen(self) -> None:
+        """Hand what the channels say to the followers, until cancelled; reconnects by itself."""
+        while True:
+            if not self._followers:
+                self._changed.clear()
+                await self._changed.wait()
+            try:
+                if self._pubsub.connection is None:  # the first subscription met a Redis that was away
+                    raise RedisConnectionError
+                message = await self._pubsub.get_message(timeout=SILENCE_S)
+            except (RedisError, OSError) as error:
+                log.info("channels: %s; reconnecting", type(error).__name__)
+                await asyncio.sleep(0.2)
+                await self._resubscribe()
+                continue
+            if message is not None:
+                self._dispatch(message)
+
+    async def _resubscribe(self) -> None:
+        with contextlib.suppress(RedisError, OSError):
+            await self._pubsub.aclose()
+        self._pubsub = self._ledger.client.pubsub()
+        if self._followers:
+            with contextlib.suppress(RedisError, OSError):
+                await self._pubsub.subscribe(*(self._prefix + job_id for job_id in self._followers))
+        for followers in self._followers.values():
+            for follower in followers:
+                follower.check(follower.cursor + 1)  # whatever was said meanwhile is in the log
+
+    def _dispatch(self, message: dict[str, Any]) -> None:
+        job_id = message["channel"].decode().removeprefix(self._prefix)
+        followers = self._followers.get(job_id)
+        if followers is None:
+            return
+        if message["type"] == "subscribe":
+            confirmed = self._confirmed[job_id]
+            if not confirmed.done():
+                confirmed.set_result(None)
+        elif message["type"] == "message":
+            try:
+                live = _live_decoder.decode(message["data"])
+            except msgspec.DecodeError:
+                log.warning("job %s: dropped a message that is no event", job_id)
+                return
+            for follower in followers:
+                follower.hear(live.seq, live.events)
+
+    async def _watch(self) -> None:
+        """Once a second: ask for all silent jobs, and do the fleet's housekeeping."""
+        while True:
+            await asyncio.sleep(SILENCE_S)
+            limit = time.monotonic() - SILENCE_S
+            silent = [job_id for job_id, fs in self._followers.items() if any(f.heard_s < limit for f in fs)]
+            if not silent:
+                continue
+            try:
+                await self._ledger.reap()
+                polled = await self._ledger.poll(silent)
+            except (RedisError, OSError):
+                continue
+            for job_id, state in zip(silent, polled, strict=True):
+                for follower in self._followers.get(job_id, ()):
+                    follower.check(state.seq if state else None)
+
+
+def is_terminal(event: AnyEvent) -> bool:
+    return isinstance(event, TERMINAL)

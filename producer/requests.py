@@ -1,0 +1,106 @@
+"""What callers hand in, as a request: plain messages or pydantic ones, bare tools, parameters by name."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from tokenfleet.wire.chat import ChatRequest, GenerationParams, Message, ScoreRequest
+from tokenfleet.wire.errors import InvalidRequest
+from tokenfleet.wire.jobs import JobOptions, invalid, options_of
+
+Messages = str | Sequence[Mapping[str, Any] | Message]
+
+MAX_REQUEST_BYTES = 4 * 1024 * 1024
+_REQUEST_NAMES = frozenset(ChatRequest.model_fields) - {"kind", "messages", "params"}
+_OPTION_NAMES = frozenset(JobOptions.model_fields) | {"countdown", "eta"}
+_MEDIA_NAMES = ("images", "videos", "audios")
+_MAX_TOKENS = ("max_new_tokens", "max_tokens")
+
+
+def chat_request(messages: Messages, named: Mapping[str, Any]) -> tuple[ChatRequest, JobOptions]:
+    """Build a request and its job options from keyword arguments by their names. Raises `InvalidRequest`.
+
+    The caller's objects are never changed. A string is one user message. None means "not given"."""
+    request: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    params: dict[str, Any] = {}
+    for name, value in named.items():
+        if value is None:
+            continue
+        if name in _MEDIA_NAMES:
+            raise InvalidRequest(f"{name}: media can't be sent yet.", code="unsupported_media", param=name)
+        if name in _REQUEST_NAMES:
+            request[name] = value
+        elif name in _OPTION_NAMES:
+            options[name] = value
+        else:
+            params[name] = value
+    if "tools" in request:
+        request["tools"] = _tools(request["tools"])
+    if "max_length" in params and not any(name in params for name in _MAX_TOKENS):
+        params["max_new_tokens"] = None  # the caller bounds the whole length instead
+    if messages or "prompt" not in request:
+        request["messages"] = _messages(messages)
+    try:
+        request["params"] = GenerationParams.model_validate(params)
+        return ChatRequest.model_validate(request), _options(options)
+    except ValidationError as error:
+        raise invalid(error, "chat request") from error
+
+
+def score_request(texts: Sequence[str], named: Mapping[str, Any]) -> tuple[ScoreRequest, JobOptions]:
+    """Like `chat_request`, for texts to be scored."""
+    options = {name: value for name, value in named.items() if name in _OPTION_NAMES and value is not None}
+    rest = {name: value for name, value in named.items() if name not in _OPTION_NAMES and value is not None}
+    if isinstance(texts, str):
+        raise InvalidRequest("texts: a list of strings is needed, not one string.", param="texts")
+    try:
+        return ScoreRequest.model_validate({"texts": tuple(texts), **rest}), _options(options)
+    except ValidationError as error:
+        raise invalid(error, "score request") from error
+
+
+def _messages(messages: Messages) -> tuple[Any, ...]:
+    if isinstance(messages, str):
+        return ({"role": "user", "content": messages},)
+    if isinstance(messages, Mapping) or not isinstance(messages, Sequence):
+        raise InvalidRequest("messages: a list of messages (or one string) is needed.", param="messages")
+    return tuple(dict(m) if isinstance(m, Mapping) else m for m in messages)
+
+
+def _tools(tools: Any) -> tuple[Any, ...]:
+    """LLaMA-Factory takes tools as JSON text, OpenAI's clients as a list."""
+    if isinstance(tools, str):
+        if not tools.strip():
+            return ()
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise InvalidRequest(f"tools: not valid JSON: {error}", param="tools") from error
+    return tuple(tools) if isinstance(tools, list | tuple) else (tools,)
+
+
+def _options(named: dict[str, Any]) -> JobOptions:
+    """``countdown`` (seconds) and ``eta`` (an aware datetime) are Celery's names for ``delay_s``."""
+    values = dict(named)
+    countdown, eta = values.pop("countdown", None), values.pop("eta", None)
+    if countdown is not None:
+        values["delay_s"] = countdown
+    if eta is not None:
+        if not isinstance(eta, dt.datetime) or eta.tzinfo is None:
+            raise InvalidRequest("eta: an aware datetime is needed.", hint="Give it a time zone.", param="eta")
+        values["delay_s"] = max(0.0, (eta - dt.datetime.now(dt.UTC)).total_seconds())
+    return options_of(values)
+
+
+def check_size(body: bytes) -> None:
+    """Raises `InvalidRequest` for a request too large to queue (media never lie inside it)."""
+    if len(body) > MAX_REQUEST_BYTES:
+        raise InvalidRequest(
+            f"The request has {len(body)} bytes; at most {MAX_REQUEST_BYTES} are taken.", code="request_too_large"
+        )

@@ -1,0 +1,185 @@
+"""The blocking client: the asynchronous one, run by a thread with an event loop of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Generator, Iterable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from tokenfleet.producer.aio import AsyncClient, AsyncJob, AsyncStream, piece_of
+from tokenfleet.producer.requests import Messages
+from tokenfleet.wire.events import AnyEvent
+from tokenfleet.wire.jobs import JobStatus, ServedModel, State
+from tokenfleet.wire.results import ChatResult
+
+T = TypeVar("T")
+
+
+class LoopThread:
+    """An event loop in a daemon thread; `run` waits for a coroutine on it, and cancels it on Ctrl-C."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="tokenfleet-client", daemon=True)
+        self._thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    async def arun(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """`run`, awaited from another event loop."""
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
+
+    def close(self) -> None:
+        if self._thread.is_alive():
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self._thread.join()
+            self.loop.close()
+
+
+class JobStream:
+    """A job's events from a cursor on: an iterator and a context manager; see `AsyncStream`."""
+
+    def __init__(self, thread: LoopThread, stream: AsyncStream) -> None:
+        self._thread = thread
+        self._stream = stream
+        self._batch: list[tuple[int, AnyEvent]] = []
+        self.cursor = stream.cursor
+
+    def __enter__(self) -> Self:
+        self._thread.run(self._stream.__aenter__())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._thread.run(self._stream.aclose())
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> AnyEvent:
+        if not self._batch:
+            # All that is there in one go: one change of threads for many tokens.
+            self._batch = self._thread.run(self._stream.next_batch())[::-1]
+        if not self._batch:
+            raise StopIteration
+        self.cursor, event = self._batch.pop()
+        return event
+
+    def text(self, choice: int = 0) -> Generator[str, None, None]:
+        """The text of one choice, piece by piece. Raises the job's error if it does not finish."""
+        for event in self:
+            if piece := piece_of(event, choice):
+                yield piece
+
+
+class Job:
+    """A submitted job; see `AsyncJob`."""
+
+    def __init__(self, thread: LoopThread, job: AsyncJob) -> None:
+        self._thread = thread
+        self._job = job
+
+    def __repr__(self) -> str:
+        return f"Job({self.id!r})"
+
+    @classmethod
+    def from_id(cls, job_id: str, client: Client) -> Job:
+        """A job that was submitted elsewhere: the same as ``client.job(job_id)``."""
+        return client.job(job_id)
+
+    @property
+    def id(self) -> str:
+        return self._job.id
+
+    def stream(self, after: int = 0) -> JobStream:
+        """Events after the cursor ``after`` (0: from the start), from any number of readers, at any time."""
+        return JobStream(self._thread, self._job.stream(after))
+
+    def text(self, choice: int = 0) -> Generator[str, None, None]:
+        """The answer's text as it is written."""
+        with self.stream() as stream:
+            yield from stream.text(choice)
+
+    def result(self, timeout: float | None = None) -> ChatResult:
+        """Wait for the whole answer. Raises the job's error, or `TimeoutError` after ``timeout`` seconds."""
+        return self._thread.run(self._job.result(timeout))
+
+    def cancel(self, reason: str = "") -> State:
+        """End the job, queued or running. Returns its state: ``cancelled``, or how it had ended before."""
+        return self._thread.run(self._job.cancel(reason))
+
+    def status(self) -> JobStatus:
+        return self._thread.run(self._job.status())
+
+
+class Client:
+    """A connection to a fleet, usable from any thread; see `AsyncClient` for its arguments."""
+
+    def __init__(self, redis_url: str, *, fleet: str = "default", model: str | None = None, max_queued: int = 100_000):
+        self.thread = LoopThread()
+        try:
+            self.aio = self.thread.run(_made(redis_url, fleet, model, max_queued))
+        except BaseException:
+            self.thread.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if not self.thread.loop.is_closed():
+            self.thread.run(self.aio.aclose())
+            self.thread.close()
+
+    def submit(self, messages: Messages = (), *, job_id: str | None = None, **named: Any) -> Job:
+        """Queue a chat and return at once; see `AsyncClient.submit`."""
+        return Job(self.thread, self.thread.run(self.aio.submit(messages, job_id=job_id, **named)))
+
+    def submit_scores(self, texts: Sequence[str], *, job_id: str | None = None, **named: Any) -> Job:
+        """Queue texts to be scored by a reward model."""
+        return Job(self.thread, self.thread.run(self.aio.submit_scores(texts, job_id=job_id, **named)))
+
+    def submit_many(self, chats: Iterable[Messages | Mapping[str, Any]], **named: Any) -> list[Job]:
+        """Queue many chats; see `AsyncClient.submit_many`."""
+        return [Job(self.thread, job) for job in self.thread.run(self.aio.submit_many(chats, **named))]
+
+    def job(self, job_id: str, *, cancel_on_disconnect: bool = False) -> Job:
+        """A job that was submitted elsewhere."""
+        return Job(self.thread, self.aio.job(job_id, cancel_on_disconnect=cancel_on_disconnect))
+
+    def models(self) -> dict[str, ServedModel]:
+        return self.thread.run(self.aio.models())
+
+    def workers(self) -> list[dict[str, str]]:
+        return self.thread.run(self.aio.workers())
+
+    def check(self) -> None:
+        self.thread.run(self.aio.check())
+
+
+async def _made(redis_url: str, fleet: str, model: str | None, max_queued: int) -> AsyncClient:
+    """The asynchronous client, made on its own loop and checked."""
+    client = AsyncClient(redis_url, fleet=fleet, model=model, max_queued=max_queued)
+    try:
+        await client.check()
+    except BaseException:
+        await client.aclose()
+        raise
+    return client
