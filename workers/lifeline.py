@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, NoReturn
@@ -45,8 +46,7 @@ class Guarded:
         self._lifeline_fd = lifeline_fd
         self._report_fd = report_fd
         self._pid: int | None = None
-        # A forked copy of this process would keep the pipe open after our death.
-        os.register_at_fork(after_in_child=self._close_lifeline)
+        _open.add(self)
 
     @property
     def guard_pid(self) -> int:
@@ -63,23 +63,29 @@ class Guarded:
     def poll(self) -> int | None:
         """None while anything of the command lives, else its exit status; 128 + n if signal n ended it."""
         status = self._guard.poll()
-        if status is not None:
-            self._close_lifeline()
-        return status
+        if status is None:
+            return None
+        self._close_lifeline()
+        return status if status >= 0 else 128 - status  # the guard itself was killed
 
     def wait(self, timeout_s: float | None = None) -> int:
         """Raises `subprocess.TimeoutExpired`."""
-        status = self._guard.wait(timeout_s)
-        self._close_lifeline()
+        self._guard.wait(timeout_s)
+        status = self.poll()
+        assert status is not None
         return status
 
     def terminate(self) -> None:
         """Ask the command (not its children) to end, with SIGTERM."""
         self._guard.send_signal(signal.SIGTERM)
 
+    def cut(self) -> None:
+        """Have the command and all its descendants killed, without waiting for it."""
+        self._close_lifeline()
+
     def kill(self) -> None:
         """Kill the command and all its descendants, and wait until they are gone."""
-        self._close_lifeline()
+        self.cut()
         self._guard.wait(_REAP_S + 2)
 
     def _close_lifeline(self) -> None:
@@ -126,6 +132,18 @@ def spawn(
     return Guarded(process, lifeline_write, report_read)
 
 
+_open: weakref.WeakSet[Guarded] = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    """In a forked copy of this process, which would else keep the pipes open after our death."""
+    for guarded in _open:
+        guarded.cut()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
 # ---- the guard process ----------------------------------------------------------------------------------------------
 
 
@@ -137,7 +155,7 @@ def _guard(lifeline_fd: int, report_fd: int, command: Sequence[str]) -> NoReturn
         signal.signal(number, _note)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     libc = ctypes.CDLL(None)
-    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    adopt_orphans()
     guard_pid = os.getpid()
     child = os.fork()
     if child == 0:
@@ -145,6 +163,11 @@ def _guard(lifeline_fd: int, report_fd: int, command: Sequence[str]) -> NoReturn
     os.write(report_fd, b"%d\n" % child)
     os.close(report_fd)
     _leave(_watch(child, lifeline_fd, wake_read))
+
+
+def adopt_orphans() -> None:
+    """From now on, descendants of this process that lose their parent become its children."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _become(command: Sequence[str], libc: ctypes.CDLL, guard_pid: int) -> NoReturn:
@@ -212,14 +235,8 @@ def _note(_number: int, _frame: object) -> None:
 
 
 def descendants(ancestor: int) -> list[int]:
-    """All processes below ``ancestor`` (zombies too), by the kernel's word for who is whose parent."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                # The name stands in brackets and may hold anything, brackets too; state and parent follow it.
-                parent = int((entry / "stat").read_bytes().rpartition(b")")[2].split()[1])
-                children.setdefault(parent, []).append(int(entry.name))
+    """All processes below ``ancestor`` (zombies too)."""
+    children = children_by_parent()
     found: list[int] = []
     waiting = [ancestor]
     while waiting:
@@ -227,6 +244,18 @@ def descendants(ancestor: int) -> list[int]:
         found += below
         waiting += below
     return found
+
+
+def children_by_parent() -> dict[int, list[int]]:
+    """Every process of the machine, by the kernel's word for who is whose parent."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                # The name stands in brackets and may hold anything, brackets too; state and parent follow it.
+                parent = int((entry / "stat").read_bytes().rpartition(b")")[2].split()[1])
+                children.setdefault(parent, []).append(int(entry.name))
+    return children
 
 
 if __name__ == "__main__":
