@@ -1,0 +1,260 @@
+"""`TransformersEngine`, the asyncio side: checks a sequence, hands it to the engine's thread, streams its tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import secrets
+import threading
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import torch
+import transformers
+
+from tokenfleet.engines.base import EngineInfo, Sequence, TokenChunk
+from tokenfleet.engines.mailbox import Mailbox
+from tokenfleet.engines.stopping import ending_ids
+from tokenfleet.engines.transformers_engine.batch import Row
+from tokenfleet.engines.transformers_engine.loading import LoadedModel, load
+from tokenfleet.engines.transformers_engine.loop import Deliveries, EngineLoop, ScoreWork
+from tokenfleet.engines.transformers_engine.options import TransformersOptions
+from tokenfleet.engines.transformers_engine.sampling import SamplingState
+from tokenfleet.wire.errors import ContextLengthExceeded, EngineDead, EngineError, InvalidRequest
+
+_SHARE_OF_FREE_MEMORY = 0.3
+
+
+class TransformersEngine:
+    """A causal language model (or a reward model) of transformers, batching continuously. See `engines.base.Engine`.
+
+    ``tokenizer`` is there once started: prompts are made and tokens are read with it above the engine."""
+
+    def __init__(self, options: TransformersOptions) -> None:
+        self._options = options
+        self._loop: EngineLoop | None = None
+        self._model: LoadedModel | None = None
+        self._thread: threading.Thread | None = None
+        self._info: EngineInfo | None = None
+
+    @property
+    def info(self) -> EngineInfo:
+        if self._info is None:
+            raise EngineDead("The engine has not been started.")
+        return self._info
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's `PreTrainedTokenizerBase`."""
+        return self._loaded.tokenizer
+
+    @property
+    def steps(self) -> int:
+        return self._loop.steps if self._loop else 0
+
+    @property
+    def running(self) -> int:
+        return self._loop.running if self._loop else 0
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens that the KV caches have memory for now, padding included."""
+        return self._loop.held_tokens if self._loop else 0
+
+    @property
+    def _loaded(self) -> LoadedModel:
+        if self._model is None:
+            raise EngineDead("The engine has not been started.")
+        return self._model
+
+    async def start(self) -> None:
+        if self._thread is not None:
+            return
+        events = asyncio.get_running_loop()
+        ready: asyncio.Future[None] = events.create_future()
+
+        def deliver(deliveries: Deliveries) -> None:
+            if not events.is_closed():
+                events.call_soon_threadsafe(_put_all, deliveries)
+
+        def settle(error: BaseException | None) -> None:
+            if not ready.done():
+                ready.set_exception(error) if error else ready.set_result(None)
+
+        def work() -> None:
+            try:
+                loop = self._load(deliver)
+            except BaseException as error:  # noqa: BLE001  # goes to whoever awaits start()
+                events.call_soon_threadsafe(settle, error)
+                return
+            events.call_soon_threadsafe(settle, None)
+            loop.run()
+
+        # A daemon: a process that wants to exit must not wait for a forward pass.
+        self._thread = threading.Thread(target=work, name="transformers-engine", daemon=True)
+        self._thread.start()
+        await ready
+
+    def _load(self, deliver: Any) -> EngineLoop:
+        """Runs in the engine's thread."""
+        options = self._options
+        model = self._model = load(options)
+        on_cpu = model.device.type == "cpu"
+        context = min(options.max_context_tokens or model.context_tokens, model.context_tokens)
+        budget = options.kv_budget_tokens or _budget_tokens(model, options.max_batch_size, context)
+        self._info = EngineInfo(
+            name="transformers",
+            version=transformers.__version__,
+            model=options.label or options.model_name_or_path.rstrip("/").rsplit("/", 1)[-1],
+            fingerprint=model.fingerprint,
+            context_tokens=context,
+            slots=options.max_batch_size,
+            vocab_size=model.vocab_size,
+            can_score=model.can_score,
+            eos_ids=model.eos_ids,
+        )
+        self._loop = EngineLoop(
+            model,
+            slots=options.max_batch_size,
+            budget_tokens=budget,
+            chunk_tokens=options.prefill_chunk_tokens or (128 if on_cpu else 2048),
+            deliver=deliver,
+        )
+        self._budget_tokens = budget
+        return self._loop
+
+    async def generate(self, sequence: Sequence) -> AsyncGenerator[TokenChunk, None]:
+        await self.check()
+        loop = self._loop
+        assert loop is not None
+        if (over := _already_over(sequence)) is not None:
+            yield over
+            return
+        self._refuse_what_cannot_work(sequence)
+        mailbox = Mailbox()
+        state = SamplingState(
+            params=sequence.params,
+            seed=sequence.seed if sequence.seed is not None else secrets.randbits(63),
+            prompt_ids=sequence.prompt_ids,
+            ids=list(sequence.delivered_ids),
+            stop_ids=ending_ids(sequence.params, sequence.eos_ids),
+        )
+        loop.submit(Row(sequence, state, mailbox))
+        is_over = False
+        try:
+            while not is_over:
+                chunk = await mailbox.take()
+                is_over = chunk.finish_reason is not None
+                yield chunk
+        finally:
+            if not is_over:
+                loop.abort(mailbox)
+
+    def _refuse_what_cannot_work(self, sequence: Sequence) -> None:
+        info, params = self.info, sequence.params
+        prompt_tokens = len(sequence.prompt_ids)
+        if not prompt_tokens:
+            raise InvalidRequest("The prompt has no tokens.", param="prompt")
+        room = min(info.context_tokens, self._budget_tokens)
+        if prompt_tokens + sequence.max_new_tokens > room:
+            raise ContextLengthExceeded(
+                f"The prompt has {prompt_tokens} tokens; with {sequence.max_new_tokens} new ones that is more than "
+                f"the {room} there is room for.",
+                prompt_tokens=prompt_tokens,
+                max_new_tokens=sequence.max_new_tokens,
+                context_tokens=room,
+            )
+        for name, ids in (
+            ("prompt", (*sequence.prompt_ids, *sequence.delivered_ids)),
+            ("logit_bias", params.logit_bias),
+        ):
+            if any(not 0 <= token < info.vocab_size for token in ids):
+                raise InvalidRequest(
+                    f"{name} has a token id outside of the model's vocabulary (0 to {info.vocab_size - 1}).", param=name
+                )
+        if sequence.adapter is not None and sequence.adapter not in info.adapters:
+            raise InvalidRequest(
+                f"There is no adapter {sequence.adapter!r}.",
+                hint=f"Loaded: {', '.join(info.adapters) or 'none'}.",
+                param="adapter",
+            )
+        if sequence.media:
+            raise InvalidRequest("This model takes text only.", code="unsupported_parameter", param="media")
+        if params.num_beams > 1:
+            raise InvalidRequest(
+                "Beam search is not offered by this engine.", code="unsupported_parameter", param="num_beams"
+            )
+        if params.response_format.type != "text":
+            raise InvalidRequest(
+                "response_format is not offered yet.", code="unsupported_parameter", param="response_format"
+            )
+
+    async def score(self, texts_ids: list[tuple[int, ...]], *, adapter: str | None = None) -> list[float]:
+        await self.check()
+        if not self.info.can_score:
+            raise EngineError("This model has no reward head.", code="unsupported")
+        assert self._loop is not None
+        future: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
+        self._loop.submit(ScoreWork(texts_ids, adapter, future))
+        try:
+            return await future
+        finally:
+            if not future.done() or future.cancelled():
+                self._loop.abort(future)
+
+    async def check(self) -> None:
+        if self._loop is not None and self._loop.dead:
+            raise self._loop.dead
+        if self._loop is None or self._thread is None or not self._thread.is_alive():
+            raise EngineDead("The engine's thread is not running.")
+
+    async def close(self) -> None:
+        thread, loop = self._thread, self._loop
+        if thread is None:
+            return
+        if loop is not None:
+            loop.close()
+        await asyncio.to_thread(thread.join)
+        self._model = None
+        self._loop = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _put_all(deliveries: Deliveries) -> None:
+    for receiver, outcome in deliveries:
+        match receiver, outcome:
+            case Mailbox(), TokenChunk(ids, logprobs, reason):
+                for place, token in enumerate(ids):
+                    receiver.put(token, logprobs[place] if logprobs else None)
+                if reason is not None:
+                    receiver.finish(reason)
+            case Mailbox(), error:
+                receiver.fail(error)
+            case _ if receiver.done():  # its reader has gone
+                pass
+            case _, EngineError():
+                receiver.set_exception(outcome)
+            case _:
+                receiver.set_result(outcome)
+
+
+def _already_over(sequence: Sequence) -> TokenChunk | None:
+    """What is left of a continuation whose last token had been delivered when its worker died."""
+    delivered = sequence.delivered_ids
+    if delivered and delivered[-1] in ending_ids(sequence.params, sequence.eos_ids):
+        return TokenChunk((), (), "stop")
+    if len(delivered) >= sequence.max_new_tokens:
+        return TokenChunk((), (), "length")
+    return None
+
+
+def _budget_tokens(model: LoadedModel, slots: int, context_tokens: int) -> int:
+    if model.device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(model.device)
+    else:
+        free_bytes = psutil.virtual_memory().available
+    fits = int(free_bytes * _SHARE_OF_FREE_MEMORY) // model.cache_bytes_per_token
+    return max(min(fits, 2 * slots * context_tokens), 1)
