@@ -1,0 +1,58 @@
+"""Where an engine's step loop leaves a sequence's tokens until its reader comes: whatever waits is one chunk."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import Literal
+
+from tokenfleet.engines.base import RawLogprob, TokenChunk
+from tokenfleet.wire.errors import EngineError
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class Mailbox:
+    """One writer, one reader, both on the event loop's thread. Unbounded: max_new_tokens bounds what can lie in it."""
+
+    __slots__ = ("_error", "_ids", "_logprobs", "_reason", "_waiter")
+
+    def __init__(self) -> None:
+        self._ids: list[int] = []
+        self._logprobs: list[RawLogprob] = []
+        self._reason: FinishReason | None = None
+        self._error: EngineError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, ids: Iterable[int], reason: FinishReason | None = None) -> None:
+        """Add tokens; with a ``reason`` they are the last ones."""
+        self._ids += ids
+        self._reason = reason
+        self._wake()
+
+    def add_logprob(self, logprob: RawLogprob) -> None:
+        """Of a token that `put` brings right after."""
+        self._logprobs.append(logprob)
+
+    def fail(self, error: EngineError) -> None:
+        """The reader gets what waits, then the error."""
+        self._error = error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def take(self) -> TokenChunk:
+        """All that waits, as soon as there is something. Nothing may be taken after a chunk with a finish reason."""
+        while not self._ids and self._reason is None:
+            if self._error is not None:
+                raise self._error
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        chunk = TokenChunk(tuple(self._ids), tuple(self._logprobs), self._reason)
+        self._ids, self._logprobs = [], []
+        return chunk
