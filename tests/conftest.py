@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["tests.servers"]  # redis_server, shared_redis
+pytest_plugins = ["tests.servers", "tests.fleets"]  # redis_server, shared_redis
 
 _ROOT = Path(__file__).parent
 

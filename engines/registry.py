@@ -1,0 +1,127 @@
+"""Engines by name. Each is imported only when it is asked for, since its packages exclude the others'."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from tokenfleet.wire.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from tokenfleet.engines.base import Engine
+    from tokenfleet.engines.prompts import RenderedPrompt
+    from tokenfleet.engines.tokenizer import Tokenizer
+    from tokenfleet.wire.chat import ChatRequest
+
+Options = TypeVar("Options", bound=BaseModel)
+
+ENGINES = ("transformers", "vllm", "sglang", "scripted")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    """What is the same for all engines. ``label`` is the model's public name."""
+
+    label: str
+    slots: int | None = None
+    template: str | None = None
+    default_system: str | None = None
+    enable_thinking: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A started engine with its tokenizer, and how its prompts are rendered."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    render: Callable[[ChatRequest], RenderedPrompt]
+
+
+async def load(name: str, args: Mapping[str, Any], settings: ModelSettings) -> Loaded:
+    """Load a model into the engine ``name`` with the engine's own options ``args``, and start it.
+
+    Raises `ConfigurationError` (unknown engine or option, a missing extra), `UnknownModel`, `EngineDead`."""
+    match name:
+        case "scripted":
+            return await _scripted(args, settings)
+        case "transformers":
+            return await _transformers(args, settings)
+        case "vllm" | "sglang":
+            raise ConfigurationError(f"The engine {name!r} is not part of this release yet.", hint="Use transformers.")
+        case _:
+            raise ConfigurationError(f"There is no engine {name!r}.", hint=f"Engines: {', '.join(ENGINES)}.")
+
+
+def options_of(model: type[Options], args: Mapping[str, Any], name: str) -> Options:
+    """An engine's options out of plain values. Raises `ConfigurationError` naming the first that is wrong."""
+    try:
+        return model.model_validate(dict(args))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ConfigurationError(f"Engine {name}: {place}: {first['msg']}", hint="See docs/settings.md.") from error
+
+
+async def _scripted(args: Mapping[str, Any], settings: ModelSettings) -> Loaded:
+    from tokenfleet.engines.prompts import RenderedPrompt
+    from tokenfleet.engines.scripted import ScriptedEngine, ScriptedOptions
+
+    given = {**args} if settings.slots is None else {"slots": settings.slots, **args}
+    engine = ScriptedEngine(options_of(ScriptedOptions, given, "scripted"))
+    await engine.start()
+    tokenizer = engine.tokenizer
+
+    def render(request: ChatRequest) -> RenderedPrompt:
+        if request.prompt is None:
+            ids = tokenizer.render_chat(request.messages, system=request.system)
+        else:
+            ids = tokenizer.encode(request.prompt) if isinstance(request.prompt, str) else list(request.prompt)
+        return RenderedPrompt(ids=tuple(ids), text=None)
+
+    return Loaded(engine, tokenizer, render)
+
+
+async def _transformers(args: Mapping[str, Any], settings: ModelSettings) -> Loaded:
+    from tokenfleet.engines.transformers_engine.options import TransformersOptions
+
+    given = {"label": settings.label, **args}
+    if settings.slots is not None:
+        given = {"max_batch_size": settings.slots, **given}
+    options = options_of(TransformersOptions, given, "transformers")
+    try:
+        from tokenfleet.engines.transformers_engine import TransformersEngine
+    except ImportError as error:
+        raise missing_extra("hf", "transformers", error) from error
+    engine = TransformersEngine(options)
+    await engine.start()
+    return await asyncio.to_thread(_with_hf_tokenizer, engine, settings)
+
+
+def _with_hf_tokenizer(engine: Any, settings: ModelSettings) -> Loaded:
+    from tokenfleet.engines.hf_tokenizer import HFTokenizer
+    from tokenfleet.engines.prompts import renderer
+
+    return Loaded(
+        engine,
+        HFTokenizer(engine.tokenizer),
+        renderer(
+            engine.tokenizer,
+            template=settings.template,
+            default_system=settings.default_system,
+            enable_thinking=settings.enable_thinking,
+        ),
+    )
+
+
+def missing_extra(extra: str, package: str, error: ImportError) -> ConfigurationError:
+    """What to install on this machine, for an engine whose packages are not there."""
+    return ConfigurationError(
+        f"The engine needs {package}, which can't be imported ({error.name or error}).",
+        code="missing_extra",
+        hint=f"Install it: pip install 'tokenfleet[{extra}]'",
+    )

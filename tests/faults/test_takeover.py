@@ -1,0 +1,78 @@
+"""First proofs: a stream survives the worker that was writing it, salted so that starting over would show."""
+
+from __future__ import annotations
+
+import signal
+import time
+from itertools import islice
+
+import pytest
+import redis
+
+from tests.fleets import Fleet
+from tokenfleet.engines.scripted import salt_of
+from tokenfleet.wire.events import AnyEvent, Delta, Finished
+from tokenfleet.wire.keys import Keys
+
+TOKENS = 1500
+
+
+def ids_of(events: list[AnyEvent]) -> list[int]:
+    return [i for event in events if isinstance(event, Delta) for i in event.ids]
+
+
+def indices_of(events: list[AnyEvent]) -> list[int]:
+    return [e.index + k for e in events if isinstance(e, Delta) for k in range(len(e.ids))]
+
+
+@pytest.mark.parametrize("how", ["group", "main"])
+def test_stream_survives_the_worker_that_was_writing_it(fleet: Fleet, how: str) -> None:
+    first = fleet.start_worker(salted=True, token_ms=10.0)
+    client = fleet.client()
+    job = client.submit("count", max_new_tokens=TOKENS)
+    with job.stream() as stream:
+        head = list(islice(stream, 20))
+        second = fleet.start_worker(salted=True, token_ms=10.0)
+        head += list(islice(stream, 20))
+        assert 10 <= len(ids_of(head)) <= TOKENS - 100, "not mid-stream: this run would prove nothing"
+        (first.kill_group if how == "group" else first.kill_main)(signal.SIGKILL)
+        killed_at = time.monotonic()
+        cut = len(ids_of(head))
+        tail, stall_s, last = [], 0.0, killed_at
+        for event in stream:
+            tail.append(event)
+            stall_s, last = max(stall_s, time.monotonic() - last), time.monotonic()
+    events = head + tail
+    ids = ids_of(events)
+    assert isinstance(events[-1], Finished)
+    assert events[-1].usage.attempts == 2
+    assert indices_of(events) == list(range(TOKENS))
+    assert ids_of(list(job.stream())) == ids, "a reader opened after the end sees the same"
+    assert stall_s < 5.0
+    # Tokens before the cut carry the first attempt's salt, those after it the second's.
+    salts = [salt_of(i) for i in ids]
+    assert len(set(salts[:cut])) == 1
+    changes = [k for k in range(1, TOKENS) if salts[k] != salts[k - 1]]
+    assert len(changes) == 1
+    assert changes[0] >= cut
+    made = sum(len(line["made"]) for w in (first, second) for line in w.record if line["event"] == "tokens")
+    in_flight = 100  # at 10 ms a token, what a loaded machine may hold between engine and log
+    assert made <= TOKENS + in_flight
+    assert any(line["event"] == "prefill" and line["delivered_tokens"] == changes[0] for line in second.record)
+
+
+def test_a_lost_celery_message_is_found(fleet: Fleet) -> None:
+    """kombu pops a message, then records it: a worker that dies in between loses it. Here the test loses it."""
+    client = fleet.client()
+    first = fleet.start_worker()
+    first.kill_group()
+    first.wait()
+    job = client.submit("count", max_new_tokens=20)
+    server: redis.Redis = fleet.redis.client()
+    lost = server.rpop(Keys(fleet.redis.fleet).queue("scripted"))
+    assert job.id.encode() in lost, "the message was not there to be lost"
+    fleet.start_worker()
+    started = time.monotonic()
+    assert len(job.result(30).choices[0].ids) == 20
+    assert time.monotonic() - started < 15
+    assert job.status().attempts == 1

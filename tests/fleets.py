@@ -1,0 +1,157 @@
+"""Real fleets for tests: Celery workers with the scripted engine on a Redis of the test's own.
+
+``start_worker()`` returns when the worker says it is ready. A worker dies with pytest, however pytest dies (lifeline).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.servers import RedisServer
+from tokenfleet import Client
+
+ROOT = Path(__file__).parent.parent
+MODEL = "scripted"
+
+
+def wait_until(condition: Callable[[], Any], timeout_s: float = 20.0, what: str = "") -> Any:
+    """Poll until ``condition()`` is true; its value. Fails the test after ``timeout_s``."""
+    until = time.monotonic() + timeout_s
+    while not (value := condition()):
+        if time.monotonic() > until:
+            pytest.fail(f"not within {timeout_s:g} s: {what or condition}")
+        time.sleep(0.01)
+    return value
+
+
+@dataclass
+class Worker:
+    """A worker process; ``record`` is what its scripted engine did, one dict a line."""
+
+    process: subprocess.Popen[bytes]
+    log_path: Path
+    record_path: Path
+    lifeline: int
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    @property
+    def record(self) -> list[dict[str, Any]]:
+        if not self.record_path.exists():
+            return []
+        lines = self.record_path.read_text().splitlines()
+        return [json.loads(line) for line in lines if line.endswith("}")]
+
+    def kill_group(self, how: signal.Signals = signal.SIGKILL) -> None:
+        """Signal the whole process group."""
+        os.killpg(self.process.pid, how)
+
+    def kill_main(self, how: signal.Signals = signal.SIGKILL) -> None:
+        os.kill(self.process.pid, how)
+
+    def wait(self, timeout_s: float = 60.0) -> int:
+        """Its exit status."""
+        return self.process.wait(timeout_s)
+
+    def children(self) -> list[psutil.Process]:
+        return psutil.Process(self.pid).children(recursive=True)
+
+
+@dataclass
+class Fleet:
+    """Starts workers on one Redis and makes clients for it."""
+
+    redis: RedisServer
+    folder: Path
+    workers: list[Worker] = field(default_factory=list)
+    clients: list[Client] = field(default_factory=list)
+
+    def start_worker(self, *, wait: bool = True, env: dict[str, str] | None = None, **engine_args: Any) -> Worker:
+        """``engine_args`` are the scripted engine's options; ``env`` further TOKENFLEET_* settings."""
+        index = len(self.workers)
+        record = self.folder / f"record-{index}.jsonl"
+        options = {"record_path": str(record), "allow_faults": True, "token_ms": 5.0, **engine_args}
+        settings = {
+            "TOKENFLEET_REDIS_URL": self.redis.url,
+            "TOKENFLEET_FLEET": self.redis.fleet,
+            "TOKENFLEET_MODEL": MODEL,
+            "TOKENFLEET_ENGINE": "scripted",
+            "TOKENFLEET_ENGINE_ARGS": json.dumps(options),
+            "TOKENFLEET_STATE_FILE": str(self.folder / f"state-{index}.json"),
+        }
+        log_path = self.folder / f"worker-{index}.log"
+        reader, lifeline = os.pipe()
+        command = [sys.executable, "-m", "celery", "-A", "tokenfleet.workers.app", "worker", "-l", "info", "-n", f"w{index}-{self.redis.fleet}@%h"]  # fmt: skip
+        with log_path.open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, str(ROOT / "tests" / "die_with_parent.py"), str(reader), *command],
+                cwd=ROOT, env={**os.environ, **settings, **(env or {})}, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True, pass_fds=[reader],
+            )  # fmt: skip
+        os.close(reader)
+        worker = Worker(process, log_path, record, lifeline)
+        self.workers.append(worker)
+        if wait:
+            self.wait_ready(worker, index)
+        return worker
+
+    def wait_ready(self, worker: Worker, index: int) -> None:
+        state = self.folder / f"state-{index}.json"
+
+        def is_ready() -> bool:
+            assert worker.process.poll() is None, f"the worker exited:\n{worker.log[-3000:]}"
+            return state.exists() and b'"ready"' in state.read_bytes() and " ready." in worker.log
+
+        wait_until(is_ready, 60, "a ready worker")
+
+    def client(self, **options: Any) -> Client:
+        client = Client(self.redis.url, fleet=self.redis.fleet, **options)
+        self.clients.append(client)
+        return client
+
+    def close(self) -> None:
+        for client in self.clients:
+            client.close()
+        for worker in self.workers:
+            if worker.process.poll() is None:
+                worker.kill_group(signal.SIGCONT)
+                worker.kill_group(signal.SIGKILL)
+            worker.process.wait()
+            os.close(worker.lifeline)
+
+
+@pytest.fixture
+def fleet(redis_server: RedisServer, tmp_path: Path) -> Iterator[Fleet]:
+    """No worker yet: start what the test needs."""
+    fleet = Fleet(redis_server, tmp_path)
+    yield fleet
+    fleet.close()
+
+
+@pytest.fixture(scope="module")
+def served(_session_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """One fleet with one worker for all tests of a module that break nothing."""
+    from tests.servers import new_fleet_name
+
+    fleet = Fleet(RedisServer(_session_server, new_fleet_name()), tmp_path_factory.mktemp("fleet"))
+    fleet.start_worker()
+    yield fleet
+    fleet.close()

@@ -1,0 +1,84 @@
+"""The Celery app of a worker, and how its process comes up: settings, lifespan of the runtime, signals."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+from celery import Celery
+from celery.signals import task_revoked, worker_shutting_down
+
+from tokenfleet.wire import urls
+from tokenfleet.wire.errors import ConfigurationError, TokenfleetError
+from tokenfleet.workers.pool import AsyncioPool, register_lifespan
+from tokenfleet.workers.runtime import Runtime
+from tokenfleet.workers.served import Served
+from tokenfleet.workers.settings import WorkerSettings
+from tokenfleet.workers.worker_state import report_state
+
+app = Celery("tokenfleet", include=["tokenfleet.workers.tasks"])
+app.config_from_object("tokenfleet.celeryconfig")
+
+_running: Runtime | None = None
+
+
+def runtime() -> Runtime:
+    """This worker's runtime; there is one once the pool's loop is up."""
+    assert _running is not None, "asked for the runtime outside a running worker"
+    return _running
+
+
+@register_lifespan
+@contextlib.asynccontextmanager
+async def _lifespan() -> AsyncIterator[None]:
+    global _running
+    settings: WorkerSettings = app.conf["tokenfleet_settings"]
+    url = settings.redis_url
+    if not settings.model:
+        raise ConfigurationError(
+            "This worker does not know which model to serve.", hint="Set TOKENFLEET_MODEL (docs/settings.md)."
+        )
+    report_state("loading", detail=f"loading {settings.model}")
+    _running = Runtime(
+        settings,
+        Served(settings),
+        # One attempt gets a bounded time: the publisher, the lease and the control channel try again by themselves.
+        lambda: urls.connect_async(url, socket_timeout=5.0, socket_connect_timeout=2.0),
+        lambda: urls.connect(url, socket_timeout=settings.lease.lease_s / 2, socket_connect_timeout=1.0),
+        _stop_dead,
+        lambda is_busy: report_state("ready", detail=settings.model, models=(settings.model,), is_busy=is_busy),
+    )
+    try:
+        async with _running.open():
+            report_state("ready", detail=settings.model, models=(settings.model,))
+            yield
+    except TokenfleetError as error:
+        report_state("failed", error=error)
+        raise
+
+
+def _stop_dead(reason: str) -> None:
+    """The engine is dead: leave with a status that makes a supervisor start a new worker."""
+    AsyncioPool.current().stop_worker(f"the engine is dead: {reason}")
+
+
+@task_revoked.connect
+def _revoked(request: Any = None, terminated: bool = False, **_: Any) -> None:
+    """Celery discards a revoked job's message before any task code runs: tell the ledger."""
+    if _running is not None and not terminated:
+        job_id = request.id if hasattr(request, "id") else request
+        asyncio.run_coroutine_threadsafe(_running.revoked(job_id), _running.loop)
+
+
+@worker_shutting_down.connect
+def _drain(**_: Any) -> None:
+    """Warm shutdown: running jobs get ``grace_s``, then they are handed over. Called in a signal handler."""
+    if _running is None:
+        return
+    hand_over = lambda: asyncio.run_coroutine_threadsafe(_running.hand_over_all(), _running.loop)  # noqa: E731
+    timer = threading.Timer(_running.settings.grace_s, hand_over)
+    timer.daemon = True
+    timer.start()
