@@ -32,7 +32,6 @@ from tokenfleet.wire.local_files import (
     FleetState,
     LocalFleetConfig,
     Supervision,
-    boot_ticks,
     fleet_folder,
     runtime_base,
 )
@@ -222,7 +221,7 @@ def _served_state(folder: FleetFolder, on_progress: OnProgress | None, deadline:
         if state is not None:
             tell(state)
             _raise_failure(state)
-            if state.state in ("loading", "ready"):
+            if is_alive and state.state in ("loading", "ready"):
                 return state
         if not is_alive or (state is not None and state.state == "stopping"):
             return None
@@ -239,7 +238,7 @@ def ready_steps(folder: FleetFolder, timeout_s: float | None, on_progress: OnPro
         if state is not None:
             tell(state)
             _raise_failure(state)
-            if state.state == "ready":
+            if is_alive and state.state == "ready":
                 return state
         if not is_alive or state is None or state.state == "stopping":
             raise FleetUnavailable(
@@ -254,6 +253,7 @@ def ready_steps(folder: FleetFolder, timeout_s: float | None, on_progress: OnPro
 def down_steps(folder: FleetFolder, timeout_s: float) -> Steps[bool]:
     deadline = time.monotonic() + timeout_s
     is_running = folder.is_supervised()
+    supervisor = read(folder.state, Supervision) if is_running else None
     if is_running:
         _signal(folder, signal.SIGTERM)
     while folder.is_supervised():
@@ -262,7 +262,11 @@ def down_steps(folder: FleetFolder, timeout_s: float) -> Steps[bool]:
             break
         yield _PAUSE_S
     deadline = time.monotonic() + _KILL_S
-    while folder.is_supervised() or is_locked(folder.processes_lock):
+    while (
+        folder.is_supervised()
+        or is_locked(folder.processes_lock)
+        or (supervisor is not None and supervisor.is_alive())  # for its last instant, after its locks
+    ):
         _check(deadline, folder, "Its processes don't end.")
         yield _PAUSE_S
     return is_running
@@ -275,6 +279,7 @@ def leave_steps(folder: FleetFolder, ties: Ties) -> Steps[None]:
     """Cut the ties; a private fleet is gone afterwards, files and all."""
     if not ties:
         return  # a forked copy of the process that owns it, or the second call
+    supervisor = read(folder.state, Supervision)
     ties.cut()
     if not folder.is_private:
         return
@@ -285,6 +290,8 @@ def leave_steps(folder: FleetFolder, ties: Ties) -> Steps[None]:
             deadline = min(deadline, time.monotonic() + _REMOVAL_S)
         yield 0.01
     _remove(folder)
+    while supervisor is not None and supervisor.is_alive() and time.monotonic() < deadline:
+        yield 0.01
 
 
 def _sweep() -> None:
@@ -316,7 +323,7 @@ def _signal(folder: FleetFolder, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         pidfd = os.pidfd_open(supervision.pid)
         try:
-            if boot_ticks(supervision.pid) == supervision.boot:
+            if supervision.is_alive():  # asked after the descriptor was opened: it is no other process
                 signal.pidfd_send_signal(pidfd, number)
         finally:
             os.close(pidfd)

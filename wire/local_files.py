@@ -120,6 +120,9 @@ class Supervision(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True)
     pid: int
     boot: int
 
+    def is_alive(self) -> bool:
+        return self.boot != 0 and boot_ticks(self.pid) == self.boot
+
 
 class FleetState(Supervision, frozen=True, omit_defaults=True, kw_only=True):
     """A fleet as its supervisor sees it. It is ``ready`` when one of its workers is (or it is to have none)."""
@@ -231,7 +234,8 @@ def _temp_base(env: Mapping[str, str]) -> Path:
 
 
 def boot_ticks(pid: int) -> int:
-    """When process ``pid`` started, in clock ticks since the machine's start; 0 if there is no such process."""
+    """When process ``pid`` started, in clock ticks since the machine's start; 0 if there is none, or a zombie of it."""
     with contextlib.suppress(OSError, IndexError, ValueError):
-        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19])
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
     return 0

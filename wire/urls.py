@@ -159,7 +159,11 @@ def connect_async(url: str, **options: Any) -> Any:
 
     address = parse(url)
     if address.scheme != "sentinel":
-        return redis.asyncio.Redis.from_url(address.for_redis_py(), **options)
+        # redis-py's own pool refuses the 101st caller; this one lets callers wait for one of a few connections.
+        pool = redis.asyncio.BlockingConnectionPool.from_url(
+            address.for_redis_py(), max_connections=16, timeout=None, **options
+        )
+        return redis.asyncio.Redis.from_pool(pool)
     sentinel: Any = redis.asyncio.sentinel.Sentinel
     return sentinel(list(address.hosts)).master_for(address.master_name, **_login_options(address), **options)
 

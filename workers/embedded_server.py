@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from tokenfleet.wire.errors import ConfigurationError, FleetUnavailable
 from tokenfleet.wire.private_files import last_lines, try_lock, write_private
@@ -116,7 +118,9 @@ class EmbeddedServer:
         if self._process is None:
             return False
         try:
-            with contextlib.closing(self.client(socket_timeout=1.0)) as client:
+            # Without redis-py's own retries, which pause for a second and more.
+            once = Retry(NoBackoff(), 0)
+            with contextlib.closing(self.client(socket_timeout=1.0, retry=once)) as client:
                 info: dict[str, Any] = client.info("everything")
         except (redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError):
             return False
