@@ -38,7 +38,7 @@ RUN --mount=type=cache,target=/root/.cache/pip pip install -c deploy/constraints
 COPY --from=wheel /dist /dist
 RUN pip install --no-deps --force-reinstall /dist/*.whl && rm -rf /dist /src/*
 # Models are fetched and converted once, into the volume mounted here.
-ENV XDG_CACHE_HOME=/var/cache/tokenfleet HF_HOME=/var/cache/tokenfleet/huggingface
+ENV XDG_CACHE_HOME=/var/cache HF_HOME=/var/cache/tokenfleet/huggingface
 VOLUME /var/cache/tokenfleet
 WORKDIR /home/tokenfleet
 USER tokenfleet
