@@ -34,8 +34,8 @@ class ChoiceText:
     """
 
     __slots__ = (
-        "_armed_at", "_choice", "_ending", "_ends", "_held", "_index", "_logprobs", "_matcher", "_max_new_tokens",
-        "_stream", "_text", "_tokenizer", "_wants_logprobs", "is_finished",
+        "_armed_at", "_choice", "_ending", "_ends", "_has_stops", "_held", "_index", "_logprobs", "_matcher",
+        "_max_new_tokens", "_stream", "_text", "_tokenizer", "_wants_logprobs", "is_finished",
     )  # fmt: skip
 
     def __init__(
@@ -52,6 +52,7 @@ class ChoiceText:
         self._tokenizer = tokenizer
         self._stream = tokenizer.decode_stream(skip_special_tokens=params.skip_special_tokens)
         self._matcher = StopMatcher((*params.stop, *stop))
+        self._has_stops = bool(params.stop or stop)
         self._armed_at = params.min_tokens
         self._ending = ending_ids(params, eos_ids)
         self._max_new_tokens = max_new_tokens
@@ -70,11 +71,11 @@ class ChoiceText:
         if self._wants_logprobs:
             self._logprobs += chunk.logprobs
         last = ids[-1] if ids and reason == "stop" else None
-        push, held, ends, matcher, stream = self._stream.push, self._held, self._ends, self._matcher, self._stream
+        held, ends, stream, has_stops = self._held, self._ends, self._stream, self._has_stops
         for token_id in ids if last is None else ids[:-1]:
-            piece = push(token_id)
+            piece = stream.push(token_id)
             held.append(token_id)
-            if piece and matcher and (stop := self._match(piece)):
+            if has_stops and (stop := self._match(piece)) is not None:
                 return self._end("stop", stop)
             self._text += piece
             ends.append(_NOT_A_CUT if stream.is_open else len(self._text))
@@ -87,7 +88,7 @@ class ChoiceText:
                 return [*events, ChoiceFinished(self._choice, reason, self._index)]
             case _:
                 piece = self._stream.flush()
-                if piece and matcher and (stop := self._match(piece)):
+                if (stop := self._match(piece)) is not None:
                     return self._end("stop", stop)
                 self._text += piece
                 if last is not None:
@@ -114,20 +115,26 @@ class ChoiceText:
 
     def _cut(self) -> list[Delta | ChoiceFinished]:
         """The longest run of held tokens whose text is final."""
-        final = len(self._text) - self._matcher.open_chars
         ends = self._ends
+        final = len(self._text) - self._matcher.open_chars
         for count in range(len(ends), 0, -1):
             if _NOT_A_CUT != ends[count - 1] <= final:
                 return [self._delta(count, ends[count - 1])]
         return []
 
     def _delta(self, count: int, end: int) -> Delta:
-        ids, text, raw = tuple(self._held[:count]), self._text[:end], self._logprobs[:count]
-        delta = Delta(self._choice, self._index, ids, text, tuple(map(self._logprob, raw)))
+        logprobs = tuple(map(self._logprob, self._logprobs[:count])) if self._wants_logprobs else ()
+        delta = Delta(self._choice, self._index, tuple(self._held[:count]), self._text[:end], logprobs)
         self._index += count
-        del self._held[:count], self._ends[:count], self._logprobs[:count]
-        self._text = self._text[end:]
-        self._ends[:] = [each if each == _NOT_A_CUT else each - end for each in self._ends]
+        if count == len(self._held):
+            self._held.clear()
+            self._ends.clear()
+            self._logprobs.clear()
+            self._text = ""
+        else:
+            del self._held[:count], self._ends[:count], self._logprobs[:count]
+            self._text = self._text[end:]
+            self._ends[:] = [each if each == _NOT_A_CUT else each - end for each in self._ends]
         return delta
 
     def _logprob(self, raw: RawLogprob) -> TokenLogprob:

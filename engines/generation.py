@@ -18,7 +18,7 @@ from tokenfleet.engines.base import Engine, Media, Sequence
 from tokenfleet.engines.choice import ChoiceText, DeliveredChoice
 from tokenfleet.engines.tokenizer import Tokenizer
 from tokenfleet.wire.chat import GenerationParams
-from tokenfleet.wire.errors import ContextLengthExceeded
+from tokenfleet.wire.errors import ContextLengthExceeded, InvalidRequest
 from tokenfleet.wire.events import ChoiceFinished, Delta
 
 __all__ = ["DeliveredChoice", "GenerationJob", "choice_seed", "generate_deltas", "resolve_max_new_tokens"]
@@ -112,8 +112,9 @@ async def generate_deltas(
 
     Whatever tokens of a choice wait when the reader comes back are one delta: a step's worth for a fast reader.
     Closing or cancelling this generator aborts all choices and frees their slots before it returns.
-    Raises what the engine raises; one choice's error ends the job.
+    Raises what the engine raises; one choice's error ends the job. Raises `InvalidRequest` for ids the model has not.
     """
+    _check_ids(job, engine.info.vocab_size)
     texts: dict[int, ChoiceText] = {}
     for choice in range(job.params.n):
         delivered = job.delivered.get(choice)
@@ -125,23 +126,36 @@ async def generate_deltas(
             yield ended
         else:
             texts[choice] = text
-    if len(texts) == 1:
-        [(choice, text)] = texts.items()
-        events = _one(engine, job.sequence(choice), text)
-    else:
-        events = _several(engine, job, texts)
-    async with aclosing(events):
-        async for event in events:
-            yield event
-
-
-async def _one(engine: Engine, sequence: Sequence, text: ChoiceText) -> AsyncGenerator[Delta | ChoiceFinished, None]:
-    async with aclosing(engine.generate(sequence)) as chunks:
-        async for chunk in chunks:
-            for event in text.feed(chunk):
+    if len(texts) > 1:
+        async with aclosing(_several(engine, job, texts)) as events:
+            async for event in events:
                 yield event
-            if text.is_finished:  # the engine goes on past a stop string until it is closed
-                return
+        return
+    for choice, text in texts.items():
+        async with aclosing(engine.generate(job.sequence(choice))) as chunks:
+            async for chunk in chunks:
+                for event in text.feed(chunk):
+                    yield event
+                if text.is_finished:  # the engine goes on past a stop string until it is closed
+                    return
+
+
+def _check_ids(job: GenerationJob, vocab_size: int) -> None:
+    """An id beyond the vocabulary would be read beyond a tensor's end; on a GPU that takes the whole engine down."""
+    params = job.params
+    for param, ids in (
+        ("prompt", job.prompt_ids),
+        ("logit_bias", params.logit_bias),
+        ("stop_token_ids", params.stop_token_ids),
+    ):
+        if ids and (min(ids) < 0 or max(ids) >= vocab_size):
+            raise InvalidRequest(
+                f"{param} has a token id outside the model's vocabulary.",
+                hint=f"Token ids are 0 to {vocab_size - 1}.",
+                param=param,
+            )
+    if not job.prompt_ids:
+        raise InvalidRequest("The prompt has no tokens.", hint="Send at least one.", param="prompt")
 
 
 async def _several(
@@ -153,10 +167,12 @@ async def _several(
 
     async def run(choice: int, text: ChoiceText) -> None:
         try:
-            async with aclosing(_one(engine, job.sequence(choice), text)) as events:
-                async for event in events:
-                    waiting.append(event)
+            async with aclosing(engine.generate(job.sequence(choice))) as chunks:
+                async for chunk in chunks:
+                    waiting.extend(text.feed(chunk))
                     filled.set()
+                    if text.is_finished:
+                        return
         finally:
             filled.set()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -61,24 +62,25 @@ class _Pattern:
 class StopMatcher:
     """Finds the stop string that is complete first; of two that end together, the longer one."""
 
-    __slots__ = ("_patterns",)
+    __slots__ = ("_beginning", "_patterns", "open_chars")
 
     def __init__(self, stops: Iterable[str]) -> None:
-        self._patterns = [_Pattern(stop) for stop in dict.fromkeys(stops) if stop]
-
-    def __bool__(self) -> bool:
-        return bool(self._patterns)
-
-    @property
-    def open_chars(self) -> int:
+        self._patterns = [_Pattern(stop) for stop in dict.fromkeys(stops)]
+        firsts = {re.escape(pattern.stop[0]) for pattern in self._patterns}
+        self._beginning = re.compile("|".join(firsts)) if firsts else None
+        self.open_chars = 0
         """How many of the last characters may be the beginning of a stop string."""
-        return max((pattern.matched for pattern in self._patterns), default=0)
 
     def push(self, text: str, *, armed: bool = True) -> StopMatch | None:
         """Read on. After a match the matcher is spent. Unless ``armed``, matches that end in ``text`` don't count."""
+        if self._beginning is None or (not self.open_chars and self._beginning.search(text) is None):
+            return None
         found: StopMatch | None = None
         for pattern in self._patterns:
             end = pattern.advance(text if found is None else text[: found.end], armed)
-            if end is not None and (found is None or (end, -len(pattern.stop)) < (found.end, -len(found.stop))):
+            if end is None:
+                continue
+            if found is None or (end, -len(pattern.stop)) < (found.end, -len(found.stop)):
                 found = StopMatch(pattern.stop, end)
+        self.open_chars = max(pattern.matched for pattern in self._patterns)
         return found
