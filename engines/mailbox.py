@@ -24,15 +24,12 @@ class Mailbox:
         self._error: EngineError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
-    def put(self, ids: Iterable[int], reason: FinishReason | None = None) -> None:
-        """Add tokens; with a ``reason`` they are the last ones."""
+    def put(self, ids: Iterable[int], logprobs: Iterable[RawLogprob] = (), reason: FinishReason | None = None) -> None:
+        """Add tokens, and a logprob for each if they are wanted. With a ``reason`` they are the last ones."""
         self._ids += ids
+        self._logprobs += logprobs
         self._reason = reason
         self._wake()
-
-    def add_logprob(self, logprob: RawLogprob) -> None:
-        """Of a token that `put` brings right after."""
-        self._logprobs.append(logprob)
 
     def fail(self, error: EngineError) -> None:
         """The reader gets what waits, then the error."""

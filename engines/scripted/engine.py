@@ -104,7 +104,7 @@ class ScriptedEngine:
 
     async def close(self) -> None:
         for run in [*self._waiting, *self._running]:
-            run.mailbox.put((), "cancelled")
+            run.mailbox.put((), reason="cancelled")
             self._leave(run, "abort")
         if self._timer is not None:
             self._timer.cancel()

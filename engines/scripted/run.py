@@ -6,7 +6,7 @@ import hashlib
 import secrets
 from typing import Any
 
-from tokenfleet.engines.base import Sequence
+from tokenfleet.engines.base import RawLogprob, Sequence
 from tokenfleet.engines.mailbox import FinishReason, Mailbox
 from tokenfleet.engines.scripted.directives import Fault, read_directives
 from tokenfleet.engines.scripted.hashing import digest
@@ -23,8 +23,9 @@ class Run:
     """Makes the sequence's tokens one by one; the engine says when."""
 
     __slots__ = (
-        "_barred", "_ending", "_eos_at", "_first_due", "_made", "_options", "_prompt", "_salted", "_sampler", "_say",
-        "_sequence", "_token_s", "due", "fault", "index", "is_over", "mailbox", "reason", "salt", "sequence_id",
+        "_barred", "_ending", "_eos_at", "_first_due", "_logprobs", "_made", "_options", "_prompt", "_salted",
+        "_sampler", "_say", "_sequence", "_token_s", "due", "fault", "index", "is_over", "mailbox", "reason", "salt",
+        "sequence_id",
     )  # fmt: skip
 
     def __init__(
@@ -42,6 +43,7 @@ class Run:
         self._first_due = 0.0
         self._token_s = options.token_ms / 1000
         self._made: list[int] = []
+        self._logprobs: list[RawLogprob] = []
         directives = read_directives(sequence.prompt_ids, tokenizer)
         self._say = directives.say
         self.fault = _applicable(directives.fault, options, sequence)
@@ -85,8 +87,7 @@ class Run:
             token_id = self._sampler.choose(index, self._barred if index < params.min_tokens else _NOTHING)
         self._sampler.count(token_id)
         if params.logprobs:
-            raw = self._sampler.logprob(index, token_id, forced, params.top_logprobs)
-            self.mailbox.add_logprob(raw)
+            self._logprobs.append(self._sampler.logprob(index, token_id, forced, params.top_logprobs))
         self._made.append(token_id)
         self.index = index + 1
         if token_id in self._ending and index >= params.min_tokens:
@@ -110,8 +111,9 @@ class Run:
 
     def deliver(self) -> None:
         """Hand what `step` made to the reader."""
-        self.mailbox.put(self._made, self.reason)
+        self.mailbox.put(self._made, self._logprobs, self.reason)
         self._made.clear()
+        self._logprobs.clear()
 
     def describe(self) -> dict[str, Any]:
         sequence = self._sequence

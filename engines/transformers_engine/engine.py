@@ -227,10 +227,7 @@ def _put_all(deliveries: Deliveries) -> None:
     for receiver, outcome in deliveries:
         match receiver, outcome:
             case Mailbox(), TokenChunk(ids, logprobs, reason):
-                for place, token in enumerate(ids):
-                    receiver.put(token, logprobs[place] if logprobs else None)
-                if reason is not None:
-                    receiver.finish(reason)
+                receiver.put(ids, logprobs, reason)
             case Mailbox(), error:
                 receiver.fail(error)
             case _ if receiver.done():  # its reader has gone
