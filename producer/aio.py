@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from tokenfleet.producer.assembly import Assembly
 from tokenfleet.producer.collector import Collector, Follower, is_terminal
-from tokenfleet.producer.requests import Messages, chat_request, check_size, score_request
+from tokenfleet.producer.overview import Overview, overview
 from tokenfleet.wire import urls
 from tokenfleet.wire.chat import ChatRequest, ScoreRequest
 from tokenfleet.wire.errors import (
@@ -24,6 +24,7 @@ from tokenfleet.wire.events import AnyEvent, Cancelled, Delta, Expired, Failed
 from tokenfleet.wire.jobs import JobOptions, JobStatus, ServedModel, State, dump_request
 from tokenfleet.wire.keys import Keys, new_id
 from tokenfleet.wire.ledger import Ledger, translated
+from tokenfleet.wire.requests import Messages, chat_request, check_size, score_request
 from tokenfleet.wire.results import ChatResult
 
 MIN_REDIS, MIN_VALKEY = (7, 0), (7, 2)
@@ -211,6 +212,10 @@ class AsyncClient:
         """What the live workers say of themselves."""
         return await self._ledger.workers()
 
+    async def overview(self) -> Overview:
+        """Models, workers, queues and memory at a glance."""
+        return await overview(self._ledger)
+
     async def check(self) -> None:
         """Raises `FleetUnavailable` if this Redis can't hold a fleet."""
         async with translated():
@@ -248,8 +253,10 @@ class AsyncClient:
 
     async def _only_model(self) -> str:
         models = await self.models()
-        if len(models) == 1:
-            self._model = next(iter(models))
+        # The registry remembers what a fleet once served; what has a worker now is what is meant.
+        served = models if len(models) == 1 else {worker.get("model", "") for worker in await self.workers()}
+        if len(served) == 1:
+            self._model = next(iter(served))
             return self._model
         known = ", ".join(sorted(models)) or "none yet"
         raise UnknownModel("Which model? The fleet serves not exactly one.", hint=f"Served models: {known}.")

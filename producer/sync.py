@@ -9,9 +9,10 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from tokenfleet.producer.aio import AsyncClient, AsyncJob, AsyncStream, piece_of
-from tokenfleet.producer.requests import Messages
+from tokenfleet.producer.overview import Overview
 from tokenfleet.wire.events import AnyEvent
 from tokenfleet.wire.jobs import JobStatus, ServedModel, State
+from tokenfleet.wire.requests import Messages
 from tokenfleet.wire.results import ChatResult
 
 T = TypeVar("T")
@@ -169,6 +170,10 @@ class Client:
 
     def workers(self) -> list[dict[str, str]]:
         return self.thread.run(self.aio.workers())
+
+    def overview(self) -> Overview:
+        """Models, workers, queues and memory at a glance."""
+        return self.thread.run(self.aio.overview())
 
     def check(self) -> None:
         self.thread.run(self.aio.check())

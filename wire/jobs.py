@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from tokenfleet.wire.chat import ChatRequest, Request, ScoreRequest
 from tokenfleet.wire.errors import ErrorBody, InvalidRequest
 from tokenfleet.wire.keys import Priority
+from tokenfleet.wire.results import Timing
 
 State = Literal["queued", "running", "finished", "failed", "cancelled", "expired"]
 Seconds = Annotated[float, Field(gt=0, le=90 * 86400, allow_inf_nan=False)]
@@ -92,6 +93,22 @@ class JobStatus:
     @property
     def is_ended(self) -> bool:
         return self.state not in ("queued", "running")
+
+    @property
+    def timing(self) -> Timing:
+        """The same times as spans."""
+
+        def span(begin: int | None, end: int | None) -> float | None:
+            return None if begin is None or end is None else (end - begin) / 1000
+
+        writing_s = span(self.first_token_ms, self.ended_ms)
+        return Timing(
+            queue_wait_s=span(self.submitted_ms, self.first_claimed_ms),
+            ttft_s=span(self.submitted_ms, self.first_token_ms),
+            total_s=span(self.submitted_ms, self.ended_ms),
+            # The first token came at the beginning of that time, not in it.
+            tokens_per_s=(self.completion_tokens - 1) / writing_s if writing_s and self.completion_tokens > 1 else None,
+        )
 
 
 _request: TypeAdapter[ChatRequest | ScoreRequest] = TypeAdapter(Request)

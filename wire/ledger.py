@@ -48,6 +48,8 @@ class Claim:
     tokens: int
     now_ms: int
     options: JobOptions
+    has_links: bool = False
+    """Celery messages are to follow its end (`workers/links.py`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,9 @@ async def translated() -> AsyncIterator[None]:
         raise Overloaded("Redis is full.", code="memory_full", hint="Try again later.", retry_after_s=5.0) from error
     except (RedisConnectionError, RedisTimeoutError, ReadOnlyError) as error:
         raise FleetUnavailable(
-            f"Redis can't be reached: {error}.", code="redis_unavailable", hint="Is it running, and is the URL right?"
+            f"Redis can't be reached: {str(error).rstrip('.')}.",
+            code="redis_unavailable",
+            hint="Is it running, and is the URL right?",
         ) from error
     except RedisError as error:
         raise FleetUnavailable(f"Redis refused: {error}", code="redis_error") from error
@@ -193,7 +197,7 @@ class Ledger:
             return NotClaimed(r[0].decode())
         return Claim(
             job_id, int(r[1]), owner, int(r[2]), r[3], r[4], r[5].decode(), int(r[6]), int(r[7]), int(r[8]), int(r[9]),
-            JobOptions.model_validate_json(r[10]),
+            JobOptions.model_validate_json(r[10]), bool(r[11]),
         )  # fmt: skip
 
     async def hold(self, job_id: str, worker: str) -> bool:

@@ -1,0 +1,211 @@
+"""``tokenfleet chat``: a conversation at the terminal, or in a pipe: each line a turn, answers on stdout."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import AsyncIterator
+from typing import Any
+
+import click
+
+from tokenfleet.cli.arguments import (
+    CONTEXT,
+    SectionedCommand,
+    argument_options,
+    from_environment,
+    given_flags,
+    merged,
+)
+from tokenfleet.cli.connection import MODEL
+from tokenfleet.cli.output import note, print_error, write
+from tokenfleet.wire.errors import ConfigurationError, TokenfleetError
+
+_QUIET_S = 1.0  # how long an answer may keep the user waiting without a word
+
+
+@click.command("chat", cls=SectionedCommand, context_settings=CONTEXT)
+@argument_options("Fleet", "Model", "vLLM", "SGLang", "Workers", "Generation")
+@click.option("--system", metavar="TEXT", help="System message of this chat.")
+@click.option("--adapter", metavar="NAME", help="Which of the model's adapters to use.")
+@click.argument("config", nargs=-1, metavar="[FILE] [KEY=VALUE]...")
+@click.pass_context
+def command(ctx: click.Context, /, config: tuple[str, ...], system: str | None, adapter: str | None, **_: Any) -> int:
+    """Chat with a model.
+
+    Joins the local fleet, starting it if need be, or with --redis-url any fleet. FILE is a YAML or JSON file of the
+    arguments below, as LLaMA-Factory takes it; KEY=VALUE words and flags win over it.
+
+    `clear` drops the history, `exit` or Ctrl-D quits, Ctrl-C stops the answer. In a pipe each line is one turn.
+    """
+    from tokenfleet.producer.arguments import split_arguments
+
+    args, generation = split_arguments(merged(config, given_flags(ctx), from_environment(ctx)))
+    request = {**generation, "system": system, "adapter": adapter}
+    with contextlib.ExitStack() as stack:
+        if args.redis_url:
+            _check_remote(args)
+            request["enable_thinking"] = args.enable_thinking
+            request["system"] = system or args.default_system
+            url, fleet, model = args.redis_url, args.fleet, args.model or _environment_model()
+        else:
+            from tokenfleet.cli.local import join, only_model
+
+            local = stack.enter_context(join(args))
+            url, fleet, model = local.url, local.fleet, only_model(local, args)
+        chat = Chat(stack.enter_context(asyncio.Runner()), url, fleet, model, request)
+        stack.callback(chat.close)
+        return chat.run()
+
+
+class Chat:
+    """One conversation. Each answer is one run of the event loop, so that Ctrl-C cancels it and nothing else."""
+
+    def __init__(self, runner: asyncio.Runner, url: str, fleet: str, model: str | None, request: dict[str, Any]):
+        from tokenfleet.producer.aio import AsyncClient
+
+        async def connect() -> AsyncClient:
+            client = AsyncClient(url, fleet=fleet, model=model)
+            try:
+                await client.check()
+            except BaseException:
+                await client.aclose()
+                raise
+            return client
+
+        self._runner = runner
+        self._client = runner.run(connect())
+        self._model = model
+        self._request = request
+        self._messages: list[dict[str, str]] = []
+        self._is_interactive = sys.stdin.isatty()
+
+    def close(self) -> None:
+        self._runner.run(self._client.aclose())
+
+    def run(self) -> int:
+        if self._is_interactive:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401  (gives input() its line editing and history)
+            which = f" with {self._model}" if self._model else ""
+            note(f"Chat{which}. `clear` drops the history, `exit` quits, Ctrl-C stops an answer.")
+        while True:
+            try:
+                line = self._read_line()
+            except KeyboardInterrupt:
+                note("\n(`exit` or Ctrl-D quits)")
+                continue
+            match None if line is None else line.strip():
+                case None | "exit":
+                    return 0
+                case "clear":
+                    self._messages.clear()
+                    note("The history is cleared.")
+                case "":
+                    continue
+                case text:
+                    self._turn(text)
+
+    def _read_line(self) -> str | None:
+        """One line of the user's; None at the end."""
+        if not self._is_interactive:
+            line = sys.stdin.readline()
+            return line or None
+        prompt = "\nUser: "
+        if not sys.stdout.isatty():  # the prompt is no result
+            sys.stderr.write(prompt)
+            sys.stderr.flush()
+            prompt = ""
+        try:
+            return input(prompt)
+        except EOFError:
+            note("")
+            return None
+
+    def _turn(self, text: str) -> None:
+        """Ask, print the answer, remember both. In a pipe an error or Ctrl-C ends the program."""
+        self._messages.append({"role": "user", "content": text})
+        if self._is_interactive:
+            sys.stderr.write("Assistant: ")
+            sys.stderr.flush()
+        pieces: list[str] = []
+        try:
+            was_stopped = self._runner.run(self._answer(pieces))
+        except TokenfleetError as error:
+            self._messages.pop()
+            if pieces:
+                write("\n")
+            if not self._is_interactive:
+                raise
+            print_error(error.code, error.message, error.hint)
+            return
+        write("\n")
+        if pieces:
+            self._messages.append({"role": "assistant", "content": "".join(pieces)})
+        else:
+            self._messages.pop()
+        if was_stopped:
+            if not self._is_interactive:
+                raise KeyboardInterrupt
+            note("(stopped)")
+
+    async def _answer(self, pieces: list[str]) -> bool:
+        """Print the answer as it comes and collect it; whether it was stopped."""
+        from tokenfleet.wire.keys import new_id
+
+        job_id = new_id()  # chosen here: even a submit that is cut short can be cancelled
+        try:
+            named = {**self._request, "job_id": job_id, "cancel_on_disconnect": True}
+            job = await self._client.submit(self._messages, **named)
+            async with job.stream() as stream, _telling(job) as first, contextlib.aclosing(stream.text()) as texts:
+                async for piece in texts:
+                    first.set()
+                    pieces.append(piece)
+                    write(piece)
+        except asyncio.CancelledError:
+            with contextlib.suppress(TokenfleetError):
+                await self._client.job(job_id).cancel("stopped at the terminal")
+            return True
+        return False
+
+
+@contextlib.asynccontextmanager
+async def _telling(job: Any) -> AsyncIterator[asyncio.Event]:
+    """Within the block, say why nothing comes, unless the event is set soon."""
+    event = asyncio.Event()
+
+    async def tell() -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(event.wait(), _QUIET_S)
+        if event.is_set():
+            return
+        with contextlib.suppress(TokenfleetError):
+            status = await job.status()
+            if status.waiting_for_worker:
+                note(f"(no worker serves {status.model} now; waiting for one)")
+            elif status.position:
+                note(f"(waiting in the queue, {status.position} before it)")
+
+    task = asyncio.create_task(tell())
+    try:
+        yield event
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+def _check_remote(args: Any) -> None:
+    """A running fleet is run by others: nothing said here could change its workers."""
+    usable = {"redis_url", "fleet", "model", "default_system", "enable_thinking"}
+    if useless := sorted(args.model_fields_set - usable):
+        raise ConfigurationError(
+            f"{', '.join(useless)}: the workers of a running fleet decide that, not its clients.",
+            hint="Leave it out (--model names a served model), or for a local fleet the URL (TOKENFLEET_REDIS_URL).",
+        )
+
+
+def _environment_model() -> str | None:
+    import os
+
+    return os.environ.get(MODEL) or None
