@@ -53,7 +53,7 @@ class LocalFleet:
         return state.models if state else ()
 
     def state(self) -> FleetState | None:
-        """As its supervisor last told; None if there is no supervisor any more."""
+        """As its supervisor last told; None if there is no supervisor any more, unless the fleet failed."""
         return current_state(self._folder)
 
     def wait_ready(self, timeout_s: float | None = 600.0, on_progress: OnProgress | None = None) -> FleetState:
@@ -142,7 +142,7 @@ def down(name: str = "default", timeout_s: float = 60.0) -> bool:
 
 
 def status(name: str = "default") -> FleetState | None:
-    """The state of local fleet ``name``; None if it doesn't run."""
+    """The state of local fleet ``name``; None if it doesn't run. One that failed stays known till the next start."""
     return current_state(fleet_folder(name, os.environ))
 
 

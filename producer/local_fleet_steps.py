@@ -48,23 +48,27 @@ _STALE_S = 60.0
 
 
 class Ties:
-    """What binds this process to a fleet: its share of the users' lock, and a private fleet's lifeline.
+    """What binds this process to a fleet: its share of the users' lock, a private fleet's lifeline, the start lock.
 
-    Both are let go by the kernel if the process dies. A forked copy of the process must not keep them."""
+    They are let go by the kernel if the process dies. A forked copy of the process must not keep them."""
 
     def __init__(self) -> None:
-        self.users_fd = -1
-        self.lifeline_fd = -1
+        self._fds: dict[str, int] = {}
         _open_ties.add(self)
 
+    def hold(self, what: str, fd: int) -> None:
+        self._fds[what] = fd
+
+    def drop(self, what: str) -> None:
+        if (fd := self._fds.pop(what, None)) is not None:
+            os.close(fd)
+
     def cut(self) -> None:
-        fds, self.users_fd, self.lifeline_fd = (self.users_fd, self.lifeline_fd), -1, -1
-        for fd in fds:
-            if fd >= 0:
-                os.close(fd)
+        for what in list(self._fds):
+            self.drop(what)
 
     def __bool__(self) -> bool:
-        return self.users_fd >= 0
+        return bool(self._fds)
 
 
 _open_ties: weakref.WeakSet[Ties] = weakref.WeakSet()
@@ -136,12 +140,13 @@ def _attach(
     while (start := try_lock(folder.start_lock)) is None:
         _check(deadline, folder, "Others are starting it and don't get on.")
         yield _PAUSE_S
+    ties.hold("start", start)
     try:
         # First our share in its use, then a look whether it lives: so it can't stop for want of users in between.
         users = try_lock(folder.users_lock, shared=True)
         if users is None:
             return False
-        ties.users_fd = users
+        ties.hold("users", users)
         if not folder.is_supervised():
             yield from _start_supervisor(folder, wanted, ties, deadline)
             return True
@@ -167,7 +172,7 @@ def _attach(
             )
         return True
     finally:
-        os.close(start)
+        ties.drop("start")
 
 
 def _start_supervisor(folder: FleetFolder, config: LocalFleetConfig, ties: Ties, deadline: float) -> Steps[None]:
@@ -178,7 +183,8 @@ def _start_supervisor(folder: FleetFolder, config: LocalFleetConfig, ties: Ties,
     command = [sys.executable, "-m", "tokenfleet.workers.supervisor", str(folder.path), str(folder.data)]
     owner_read = -1
     if folder.is_private:
-        owner_read, ties.lifeline_fd = os.pipe()
+        owner_read, lifeline = os.pipe()
+        ties.hold("lifeline", lifeline)
         command += ["--owner-fd", str(owner_read)]
     log = os.open(folder.supervisor_log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
@@ -312,7 +318,9 @@ def _remove(folder: FleetFolder) -> None:
 
 
 def current_state(folder: FleetFolder) -> FleetState | None:
-    return read(folder.state, FleetState) if folder.is_supervised() else None
+    is_supervised = folder.is_supervised()
+    state = read(folder.state, FleetState)
+    return state if state is not None and (is_supervised or state.state == "failed") else None
 
 
 def _signal(folder: FleetFolder, number: signal.Signals) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit
 
 from tokenfleet.wire.errors import ConfigurationError
 
@@ -104,7 +104,7 @@ def parse(url: str) -> RedisAddress:
     scheme = _ALIASES.get(scheme.lower(), scheme.lower())
     if scheme not in SCHEMES:
         raise ConfigurationError(f"A Redis URL can't begin with {scheme}://.", hint=_HINT)
-    parts = urlsplit("redis://" + rest)
+    parts = _split(rest)
     login, _, netloc = parts.netloc.rpartition("@")
     username, _, password = login.partition(":")
     query = dict(parse_qsl(parts.query))
@@ -114,7 +114,7 @@ def parse(url: str) -> RedisAddress:
             raise ConfigurationError("A unix:// URL needs an absolute path.", hint=_HINT)
         db = _db(query.pop("virtual_host", "") or query.pop("db", "") or "0")
         return RedisAddress("unix", (), unquote(parts.path), db, options=tuple(query.items()), **common)
-    hosts = [netloc, *(urlsplit("redis://" + more.partition("://")[2]).netloc.rpartition("@")[2]
+    hosts = [netloc, *(_split(more.partition("://")[2]).netloc.rpartition("@")[2]
                        for more in url.split(";")[1:])]  # fmt: skip
     master_name = query.pop("master_name", "mymaster") if scheme == "sentinel" else ""
     pairs = tuple(_pair(host, _DEFAULT_PORTS[scheme]) for group in hosts for host in group.split(","))
@@ -149,7 +149,16 @@ def connect(url: str, **options: Any) -> Any:
     if address.scheme != "sentinel":
         return redis.Redis.from_url(address.for_redis_py(), **options)
     sentinel: Any = redis.sentinel.Sentinel  # redis-py has no types for it
-    return sentinel(list(address.hosts)).master_for(address.master_name, **_login_options(address), **options)
+    client = sentinel(list(address.hosts)).master_for(address.master_name, **_login_options(address), **options)
+    pool, disconnect = client.connection_pool, client.connection_pool.disconnect
+
+    def disconnect_all(*args: Any, **kwargs: Any) -> None:  # redis-py leaves those to the sentinels open
+        disconnect(*args, **kwargs)
+        for node in pool.sentinel_manager.sentinels:
+            node.close()
+
+    pool.disconnect = disconnect_all
+    return client
 
 
 def connect_async(url: str, **options: Any) -> Any:
@@ -159,13 +168,18 @@ def connect_async(url: str, **options: Any) -> Any:
 
     address = parse(url)
     if address.scheme != "sentinel":
-        # redis-py's own pool refuses the 101st caller; this one lets callers wait for one of a few connections.
-        pool = redis.asyncio.BlockingConnectionPool.from_url(
-            address.for_redis_py(), max_connections=16, timeout=None, **options
-        )
-        return redis.asyncio.Redis.from_pool(pool)
+        return redis.asyncio.Redis.from_url(address.for_redis_py(), **options)
     sentinel: Any = redis.asyncio.sentinel.Sentinel
-    return sentinel(list(address.hosts)).master_for(address.master_name, **_login_options(address), **options)
+    client = sentinel(list(address.hosts)).master_for(address.master_name, **_login_options(address), **options)
+    pool, disconnect = client.connection_pool, client.connection_pool.disconnect
+
+    async def disconnect_all(*args: Any, **kwargs: Any) -> None:
+        await disconnect(*args, **kwargs)
+        for node in pool.sentinel_manager.sentinels:
+            await node.aclose()
+
+    pool.disconnect = disconnect_all
+    return client
 
 
 def _login_options(address: RedisAddress) -> dict[str, Any]:
@@ -187,6 +201,14 @@ def _pair(netloc: str, default_port: int) -> tuple[str, int]:
     if match is None or not 0 < port < 65536:
         raise ConfigurationError("The Redis URL's host or port is malformed.", hint=_HINT)
     return unquote(match[1] or match[2] or "localhost"), port
+
+
+def _split(rest: str) -> SplitResult:
+    try:
+        return urlsplit("redis://" + rest)
+    except ValueError:
+        # Its text, and the traceback's, would repeat the login.
+        raise ConfigurationError("The Redis URL is malformed.", hint=_HINT) from None
 
 
 def _db(text: str) -> int:

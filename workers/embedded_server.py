@@ -109,7 +109,7 @@ class EmbeddedServer:
         if self._process is not None and (status := self._process.poll()) is not None:
             self._process = None
             raise FleetUnavailable(
-                f"Redis ended with status {status}: {last_lines(self.log)}", hint=f"Its log: {self.log}"
+                f"Redis ended with status {status}: {last_lines(self.log, 3)}", hint=f"Its log: {self.log}"
             )
 
     def is_ready(self) -> bool:

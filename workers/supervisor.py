@@ -44,7 +44,8 @@ log = logging.getLogger("tokenfleet.supervisor")
 
 _BUSY_TICK_S, _QUIET_TICK_S = 0.05, 0.5
 _HOUSEKEEPING_S = 1.0
-_LEFTOVERS_S = 5.0  # how long the last fleet's guards get before we kill what they left
+_LEFTOVERS_S = 2.0  # how long the last fleet's guards get before we kill what they left ...
+_LEFTOVERS_END_S = 20.0  # ... and how long the kernel may take to end it: GPU memory is given back slowly
 _REDIS_ATTEMPTS = 5
 _FAILED_LINGER_S = 2.0  # a failed fleet with no client left has nobody to tell
 
@@ -84,8 +85,12 @@ class Supervisor:
         if state != self._state or not self._folder.state.exists():
             if state.state != self._state.state:
                 log.info("%s %s", state.state, state.detail)
-            self._state = state
-            write_private(self._folder.state, msgspec.json.encode(state))
+            try:
+                write_private(self._folder.state, msgspec.json.encode(state))
+            except OSError as error:  # a full disk is no reason to stop serving; the next tick tries again
+                log.warning("can't write %s: %s", self._folder.state, error.strerror)
+            else:
+                self._state = state
 
     def run(self) -> None:
         """Until the fleet is to stop. Whatever goes wrong with the fleet ends up in its state, not in an exception."""
@@ -120,12 +125,12 @@ class Supervisor:
 
     def _sole_use(self) -> int:
         """The lock that all our processes will hold. Waits for those of a supervisor that was killed to be gone."""
-        deadline = time.monotonic() + _LEFTOVERS_S
+        began = time.monotonic()
         while (lock := try_lock(self._folder.processes_lock)) is None:
             self.publish(detail="waiting for the last fleet's processes to end")
-            if time.monotonic() > deadline + _LEFTOVERS_S:
+            if time.monotonic() > began + _LEFTOVERS_END_S:
                 raise FleetUnavailable("Processes of an older fleet don't end.", code="fleet_failed")
-            if time.monotonic() > deadline:
+            if time.monotonic() > began + _LEFTOVERS_S:
                 _kill_holders(self._folder.processes_lock)
             self._sleep(_BUSY_TICK_S)
         return lock

@@ -52,12 +52,15 @@ class WorkerProcess:
         """Start it if it is due, read what it reports, see to its death. ``now`` is monotonic, in seconds."""
         if self._process is None:
             if self.state.state in ("waiting", "restarting") and now >= self._next_start:
-                self._start()
+                try:
+                    self._start()
+                except OSError as error:  # no more processes, no memory, no disk
+                    self._bury(f"could not be started ({error.strerror or error})", None, now)
             return
         report = read(self._folder.worker_report(self.state.index), WorkerReport)
         status = self._process.poll()
         if status is not None:
-            self._bury(status, report, now)
+            self._bury(_ending(status), report, now)
         elif report is not None:
             self._believe(report, now)
 
@@ -81,6 +84,7 @@ class WorkerProcess:
 
     def _start(self) -> None:
         index = self.state.index
+        self._ready_since = self._failed_since = None
         self._folder.worker_report(index).unlink(missing_ok=True)
         command = [
             part.replace("{index}", str(index)).replace("{name}", self._folder.fleet)
@@ -90,7 +94,6 @@ class WorkerProcess:
         with self._folder.worker_log(index).open("ab") as log:
             self._log_start = log.tell()
             self._process = lifeline.spawn(command, env=self._env, cwd=cwd, output=log, held_fds=(self._lock,))
-        self._ready_since = self._failed_since = None
         self._show("starting", detail="starting the worker", pid=self._process.pid)
 
     def _believe(self, report: WorkerReport, now: float) -> None:
@@ -106,7 +109,7 @@ class WorkerProcess:
             self._ready_since = self._ready_since or now
         self._show(report.state, detail=report.detail, progress=report.progress, models=report.models)
 
-    def _bury(self, status: int, report: WorkerReport | None, now: float) -> None:
+    def _bury(self, ending: str, report: WorkerReport | None, now: float) -> None:
         self._process = None
         self.is_busy = False
         error = report.error if report is not None and report.state == "failed" else None
@@ -116,18 +119,18 @@ class WorkerProcess:
         if error is not None and not error.retryable:
             self._show("failed", detail=error.message, error=error)
         elif self._early_deaths >= self._config.start_attempts:
-            error = error or self._unexplained(status)
+            error = error or self._unexplained(ending)
             self._show("failed", detail=error.message, error=error)
         else:
             pause = min(_FIRST_PAUSE_S * 2 ** (self._deaths - 1), _LONGEST_PAUSE_S) if self._deaths else 0.0
             self._next_start = now + pause
-            detail = f"it {_ending(status)}; starting it again"
+            detail = f"it {ending}; starting it again"
             self._show("restarting", detail=detail, restarts=self.state.restarts + 1)
 
-    def _unexplained(self, status: int) -> ErrorBody:
+    def _unexplained(self, ending: str) -> ErrorBody:
         log = self._folder.worker_log(self.state.index)
         times = f", {self._early_deaths} times in a row" if self._early_deaths > 1 else ""
-        message = f"Worker {self.state.index} {_ending(status)} before it was ready{times}. Its last words:"
+        message = f"Worker {self.state.index} {ending} before it was ready{times}. Its last words:"
         return FleetUnavailable(
             f"{message}\n{last_lines(log, 8, self._log_start)}", code="fleet_failed", hint=f"Its log: {log}"
         ).to_body()

@@ -10,8 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import redis
-
 from tokenfleet.wire.errors import ConfigurationError
 from tokenfleet.workers.worker_state import report_state
 
@@ -21,6 +19,8 @@ def serve() -> None:
     settings = json.loads(Path(os.environ["TOKENFLEET_CONFIG"]).read_text())
 
     def leave(_number: int, _frame: object) -> None:
+        import redis  # here, since most workers never get so far as to need it
+
         with redis.Redis.from_url(settings["redis_url"]) as client:
             client.rpush("goodbyes", os.getpid())
         os._exit(0)
@@ -42,6 +42,15 @@ def parent(folder: Path) -> None:
     assert child.stdout is not None
     child.stdout.readline()
     (folder / f"child-{os.getpid()}").write_text(str(child.pid))
+    serve()
+
+
+def forker(folder: Path) -> None:
+    """Serve, with a forked copy in a session of its own, which keeps all that was inherited open."""
+    if (child := os.fork()) == 0:
+        os.setsid()
+        rest()
+    (folder / f"child-{os.getpid()}").write_text(str(child))
     serve()
 
 

@@ -439,6 +439,31 @@ def test_a_workers_own_error_reaches_the_user_at_once_and_the_fleet_makes_room(p
     pid = state_of(fleet).pid
     fleet.close()
     eventually(lambda: not is_alive(pid), within_s=15)
+    last = local_fleet.status("one")
+    assert last is not None
+    assert last.error is not None
+    assert (last.state, last.error.code) == ("failed", "configuration_error")
+
+
+def test_a_redis_that_never_starts_is_given_up_with_its_last_words(place: Path) -> None:
+    with pytest.raises(FleetUnavailable, match="maxmemory"):
+        ensure("one", LocalFleetConfig(workers=0, redis_settings={"maxmemory": "a lot"}))
+
+
+def test_what_survived_supervisor_and_guard_is_killed_by_the_next_fleet(place: Path) -> None:
+    with ensure("one", config("forker", place)) as fleet:
+        worker = fleet.wait_ready(30).workers[0].pid
+        family = family_of(fleet)
+        orphan = int((place / f"child-{worker}").read_text())
+        for pid in family:
+            os.kill(pid, signal.SIGSTOP)  # so that none of them can react to the others' deaths
+        for pid in set(family) - {orphan}:
+            os.kill(pid, signal.SIGKILL)
+        os.kill(orphan, signal.SIGCONT)
+        eventually(lambda: all_gone([pid for pid in family if pid != orphan]))
+        assert is_alive(orphan)
+    with ensure("one", NO_WORKERS):
+        assert not is_alive(orphan)
 
 
 def test_a_private_fleet_that_fails_leaves_nothing_either(place: Path) -> None:

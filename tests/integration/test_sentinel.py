@@ -1,0 +1,74 @@
+"""sentinel:// URLs against a real Sentinel, from both libraries."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from kombu import Connection
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from tests.processes import eventually
+from tests.servers import running_server
+from tokenfleet.wire import urls
+from tokenfleet.workers import lifeline
+from tokenfleet.workers.embedded_server import find_binary
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def sentinel_url(tmp_path: Path) -> Iterator[str]:
+    """Of a master "main", database 1, and one sentinel that watches it."""
+    master_port, port = free_port(), free_port()
+    with running_server(port=str(master_port), bind="127.0.0.1") as master:
+        password = urls.parse(master.url).password
+        config = tmp_path / "sentinel.conf"
+        config.write_text(
+            f"port {port}\nbind 127.0.0.1\ndir {tmp_path}\nsentinel monitor main 127.0.0.1 {master_port} 1\n"
+            f"sentinel auth-pass main {password}\n"
+        )
+        with (tmp_path / "log").open("wb") as log:
+            sentinel = lifeline.spawn([find_binary(), str(config), "--sentinel"], output=log)
+        try:
+            with redis.Redis(port=port, retry=Retry(NoBackoff(), 0)) as client:
+                eventually(lambda: is_watching(client))
+                assert client.info("server")["process_id"] == sentinel.pid
+            yield f"sentinel://:{password}@127.0.0.1:{port}/1?master_name=main"
+        finally:
+            sentinel.kill()
+
+
+def is_watching(client: redis.Redis) -> bool:
+    try:
+        return bool(client.info("sentinel")["master0"]["status"] == "ok")
+    except (redis.ConnectionError, KeyError):
+        return False
+
+
+async def test_redis_py_finds_the_master_through_the_sentinel(sentinel_url: str) -> None:
+    with urls.connect(sentinel_url) as client:
+        client.set("k", "v")
+        assert client.client_info()["db"] == 1
+    async with urls.connect_async(sentinel_url) as client:
+        assert await client.get("k") == b"v"
+
+
+def test_celerys_transport_finds_it_too(sentinel_url: str) -> None:
+    options = urls.parse(sentinel_url).celery_transport_options()
+    connection = Connection(urls.to_celery(sentinel_url), transport_options=options)
+    with connection, connection.SimpleQueue("q") as queue:
+        queue.put({"job": 1})
+        message = queue.get(timeout=10)
+        message.ack()
+        assert message.payload == {"job": 1}
+    with urls.connect(sentinel_url) as client:
+        assert client.smembers("_kombu.binding.q")
