@@ -4,7 +4,7 @@ What differs between fleets (Redis' URL, the served model, slots, ...) comes fro
 Why each of these is as it is: docs/operations.md.
 """
 
-from kombu import Queue
+from kombu.entity import Queue
 
 from tokenfleet.wire import urls
 from tokenfleet.wire.keys import Priority
@@ -31,9 +31,9 @@ result_backend_transport_options = _address.celery_transport_options()
 broker_connection_retry_on_startup = True
 broker_connection_max_retries = None
 
-task_queues = (Queue(_queue, routing_key=_queue),)
-task_default_queue = task_default_routing_key = _queue
-task_create_missing_queues = False
+task_queues = (Queue(_queue, routing_key=_queue),)  # type: ignore[no-untyped-call]
+# What follows a chat in a user's chain goes where Celery sends tasks by default, or where the signature says.
+task_default_queue = "celery"
 
 worker_pool = "tokenfleet.workers.pool:AsyncioPool"
 worker_concurrency = tokenfleet_settings.concurrency

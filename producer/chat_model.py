@@ -9,9 +9,9 @@ from typing import Any, Literal, Self
 from tokenfleet.producer.aio import piece_of
 from tokenfleet.producer.arguments import FleetArguments, split_arguments
 from tokenfleet.producer.local_fleet import LocalFleet, ensure
-from tokenfleet.producer.requests import Messages
 from tokenfleet.producer.sync import Client
 from tokenfleet.wire.errors import ConfigurationError
+from tokenfleet.wire.requests import Messages
 from tokenfleet.wire.results import ChatResult
 
 _Media = Sequence[Any] | None

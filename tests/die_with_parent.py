@@ -2,6 +2,7 @@
 
 The watcher lives in a session of its own, so that a test that kills the worker's whole group leaves it alone."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -14,10 +15,8 @@ if os.fork() == 0:
         os.close(fd)
     while os.read(reader, 1):
         pass
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     os._exit(0)
 os.close(reader)
 os.execvp(sys.argv[2], sys.argv[2:])

@@ -99,10 +99,11 @@ class Fleet:
         }
         log_path = self.folder / f"worker-{index}.log"
         reader, lifeline = os.pipe()
-        command = [sys.executable, "-m", "celery", "-A", "tokenfleet.workers.app", "worker", "-l", "info", "-n", f"w{index}-{self.redis.fleet}@%h"]  # fmt: skip
+        name = f"w{index}-{self.redis.fleet}@%h"
+        celery = ["-m", "celery", "-A", "tokenfleet.workers.app", "worker", "-l", "info", "-n", name]
         with log_path.open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, str(ROOT / "tests" / "die_with_parent.py"), str(reader), *command],
+                [sys.executable, str(ROOT / "tests" / "die_with_parent.py"), str(reader), sys.executable, *celery],
                 cwd=ROOT, env={**os.environ, **settings, **(env or {})}, stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True, pass_fds=[reader],
             )  # fmt: skip

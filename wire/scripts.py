@@ -13,7 +13,7 @@ from typing import Any, Literal
 import redis
 import redis.asyncio
 
-Name = Literal["submit", "claim", "append", "cancel", "release", "beat", "serve", "bury", "reap", "poll"]
+Name = Literal["submit", "claim", "append", "cancel", "release", "beat", "serve", "bury", "reap", "poll", "links"]
 Arg = str | bytes | int | float
 
 # What heals a full Redis must not be refused by it; only what takes in new work is.

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import logging
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
 from celery import Celery
 from celery.signals import task_revoked, worker_shutting_down
+from kombu.exceptions import KombuError
+from redis.exceptions import RedisError
 
 from tokenfleet.wire import urls
 from tokenfleet.wire.errors import ConfigurationError, TokenfleetError
+from tokenfleet.workers.links import send_links
 from tokenfleet.workers.pool import AsyncioPool, register_lifespan
 from tokenfleet.workers.runtime import Runtime
 from tokenfleet.workers.served import Served
 from tokenfleet.workers.settings import WorkerSettings
 from tokenfleet.workers.worker_state import report_state
+
+log = logging.getLogger(__name__)
 
 app = Celery("tokenfleet", include=["tokenfleet.workers.tasks"])
 app.config_from_object("tokenfleet.celeryconfig")
@@ -50,6 +57,7 @@ async def _lifespan() -> AsyncIterator[None]:
         lambda: urls.connect(url, socket_timeout=settings.lease.lease_s / 2, socket_connect_timeout=1.0),
         _stop_dead,
         lambda is_busy: report_state("ready", detail=settings.model, models=(settings.model,), is_busy=is_busy),
+        functools.partial(_follow_up, settings),
     )
     try:
         async with _running.open():
@@ -58,6 +66,15 @@ async def _lifespan() -> AsyncIterator[None]:
     except TokenfleetError as error:
         report_state("failed", error=error)
         raise
+
+
+def _follow_up(settings: WorkerSettings, job_id: str) -> None:
+    """Send an ended job's Celery links; what fails stays in the outbox for the next reap."""
+    try:
+        with urls.connect(settings.redis_url, socket_timeout=5.0) as client:
+            send_links(app, client, settings.keys, job_id)
+    except (RedisError, OSError, KombuError) as error:
+        log.warning("job %s: its links are not sent yet: %s", job_id, type(error).__name__)
 
 
 def _stop_dead(reason: str) -> None:

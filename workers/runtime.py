@@ -22,9 +22,10 @@ from tokenfleet.engines.generation import generate_deltas
 from tokenfleet.wire.chat import ChatRequest, ScoreRequest
 from tokenfleet.wire.errors import EngineDead, FleetUnavailable, LostState, TokenfleetError, UnknownJob
 from tokenfleet.wire.events import Failed, Finished, Started, Usage
-from tokenfleet.wire.jobs import ServedModel, parse_request
+from tokenfleet.wire.jobs import JobOptions, ServedModel, dump_request, parse_request
 from tokenfleet.wire.keys import new_id
-from tokenfleet.wire.ledger import Claim, Ledger
+from tokenfleet.wire.ledger import Claim, Ledger, checked
+from tokenfleet.wire.requests import check_size
 from tokenfleet.wire.results import ChatResult
 from tokenfleet.workers.control import ControlChannel
 from tokenfleet.workers.gate import Gate
@@ -63,17 +64,18 @@ class Runtime:
         connect_blocking: Callable[[], redis.Redis],
         on_dead_engine: Callable[[str], None],
         on_busy: Callable[[bool], None],
+        follow_up: Callable[[str], object],
     ) -> None:
         self.settings = settings
         self.served = served
         self.keys = settings.keys
         self.attempts: dict[str, Attempt] = {}
         self.is_draining = False
-        self.outbox: Callable[[tuple[str, ...]], None] = lambda job_ids: None
         self._client = connect()
         self._connect = connect
         self._on_dead_engine = on_dead_engine
         self._on_busy = on_busy
+        self._follow_up = follow_up
         self._was_busy = False
         self.ledger = Ledger(self._client, self.keys)
         self.publisher = Publisher(Ledger(connect(), self.keys))
@@ -154,6 +156,8 @@ class Runtime:
             await self._fail(attempt, TokenfleetError(f"internal error: {type(error).__name__}", code="internal_error"))
             raise
         else:
+            if claim.has_links:
+                await asyncio.to_thread(self._follow_up, job_id)
             return True
         finally:
             self.attempts.pop(job_id, None)
@@ -243,6 +247,8 @@ class Runtime:
         meta = celery_failure(attempt.claim.job_id, type(error).__name__, str(error))
         attempt.writer.finish("failed", Failed(error.to_body(), usage), meta)
         await attempt.writer.flushed()
+        if attempt.claim.has_links:
+            await asyncio.to_thread(self._follow_up, attempt.claim.job_id)
 
     # -- what others decide -------------------------------------------------------------------------------------------
 
@@ -261,6 +267,14 @@ class Runtime:
     def _lose_all(self) -> None:
         for attempt in list(self.attempts.values()):
             attempt.writer.lose("fenced")
+
+    async def take_in(
+        self, job_id: str, request: ChatRequest | ScoreRequest, options: JobOptions, links: bytes
+    ) -> None:
+        """Queue a job that came as a Celery message of a user's own, with what follows it."""
+        body = dump_request(request)
+        check_size(body)
+        await self.ledger.submit(checked(job_id), self.settings.model, body, options, links=links)
 
     async def revoked(self, job_id: str) -> None:
         """Celery threw a revoked job's message away before any task code ran."""
@@ -325,7 +339,8 @@ class Runtime:
                 attempt.writer.lose("ended")
 
     def reaped(self, outbox: tuple[str, ...]) -> None:
-        self.outbox(outbox)
+        for job_id in outbox:
+            self._follow_up(job_id)
 
 
 async def patiently(call: Callable[[], Awaitable[T]]) -> T:

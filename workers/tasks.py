@@ -1,15 +1,65 @@
-"""The Celery tasks of a worker. ``tokenfleet.run`` is what a job's own message names; it holds the id and no more."""
+"""The Celery tasks of a worker.
+
+``tokenfleet.run`` is what a job's own message names; it holds the id and no more. ``tokenfleet.chat`` and
+``tokenfleet.score`` are for Celery users' own apps, chains, groups and chords (`producer/signatures.py`).
+"""
 
 from __future__ import annotations
 
-from celery.exceptions import Ignore
+from typing import Any
 
+from celery.exceptions import Ignore
+from celery.worker.request import Request
+
+from tokenfleet.wire.requests import chat_request, score_request
 from tokenfleet.workers.celery_app import app, runtime
+from tokenfleet.workers.links import links_of
 from tokenfleet.workers.pool import AsyncTask
 
 
-@app.task(name="tokenfleet.run", base=AsyncTask, ignore_result=True, acks_late=True)
+class QuietRequest(Request):
+    """A request that shows nobody its arguments: not events, Flower, ``inspect`` or the log."""
+
+    @property
+    def argsrepr(self) -> str:
+        return "(...)"
+
+    @property
+    def kwargsrepr(self) -> str:
+        return "{...}"
+
+    def info(self, safe: bool = False) -> dict[str, Any]:
+        return {**super().info(safe=True), "args": self.argsrepr, "kwargs": self.kwargsrepr}
+
+
+@app.task(name="tokenfleet.run", base=AsyncTask)
 async def run(job_id: str) -> None:
     """Run a job to its end. A duplicate, late, cancelled or expired message claims nothing."""
     if not await runtime().run_job(job_id):
         raise Ignore
+
+
+class Intake(AsyncTask):
+    """A task that a Celery user sends. Its id becomes the job's, its links follow the job's end.
+
+    It stores its own failure (bad arguments), which the job that it would have become can't."""
+
+    abstract = True
+    Request = QuietRequest
+    store_errors_even_if_ignored = True
+
+
+@app.task(name="tokenfleet.chat", base=Intake, bind=True)
+async def chat(self: Any, messages: Any = (), **named: Any) -> None:
+    """Queue a chat as `Client.submit` does, under this task's id."""
+    request, options = chat_request(messages, named)
+    await runtime().take_in(self.request.id, request, options, links_of(self.request))
+    raise Ignore
+
+
+@app.task(name="tokenfleet.score", base=Intake, bind=True)
+async def score(self: Any, texts: Any, **named: Any) -> None:
+    """Queue texts to be scored as `Client.submit_scores` does, under this task's id."""
+    request, options = score_request(texts, named)
+    await runtime().take_in(self.request.id, request, options, links_of(self.request))
+    raise Ignore

@@ -1,5 +1,5 @@
 -- ARGV: prefix, id, worker, owner, 'claim' | 'hold'
--- Returns {'claimed', epoch, seq, request, prompt, fingerprint, strikes, deadline_ms, tokens, now_ms, options} |
+-- Returns {'claimed', epoch, seq, request, prompt, fingerprint, strikes, deadline_ms, tokens, now_ms, options, has links 0/1} |
 --   {'held'} (the worker keeps the message until it has room) | {'gone'} | {'ended', state} |
 --   {'running'} (someone else has it) | {'unregistered'} (this worker's lease lapsed)
 local id, wid, owner, mode = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
@@ -37,4 +37,5 @@ if f[1] == 'queued' then
   redis.call('HINCRBY', order, 'count' .. second, 1)
 end
 local r = redis.call('HMGET', job, 'seq', 'request', 'prompt', 'fingerprint', 'strikes', 'deadline_ms', 'tokens', 'options')
-return { 'claimed', epoch, num(r[1]), r[2], r[3] or '', r[4] or '', num(r[5]), num(r[6]), num(r[7]), NOW, r[8] or '{}' }
+return { 'claimed', epoch, num(r[1]), r[2], r[3] or '', r[4] or '', num(r[5]), num(r[6]), num(r[7]), NOW, r[8] or '{}',
+  redis.call('HEXISTS', job, 'links') }

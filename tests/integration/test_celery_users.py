@@ -1,0 +1,119 @@
+"""tokenfleet in a Celery user's own canvas: chain, chord, link and link_error, revoke; and what Flower may see."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from celery import Celery, chain, chord, group
+from celery.exceptions import TaskRevokedError
+
+from tests.fleets import MODEL, ROOT, Fleet, wait_until
+from tokenfleet import chat
+from tokenfleet.wire.errors import InvalidRequest
+
+
+@pytest.fixture(scope="module")
+def users(served: Fleet) -> Iterator[Any]:
+    """The user's app, with a worker of his own."""
+    env = {**os.environ, "USERS_URL": served.redis.celery_url}
+    from tests.integration import celery_users_app
+
+    command = [sys.executable, str(ROOT / "tests" / "die_with_parent.py")]
+    reader, writer = os.pipe()
+    command += [str(reader), sys.executable, "-m", "celery", "-A", "tests.integration.celery_users_app", "worker"]
+    command += ["-P", "threads", "-c", "2", "-l", "warning", "-n", "users@%h"]
+    worker = subprocess.Popen(command, env=env, cwd=ROOT, pass_fds=[reader], start_new_session=True)
+    os.close(reader)
+    celery_users_app.app.conf.update(broker_url=env["USERS_URL"], result_backend=env["USERS_URL"])
+    yield celery_users_app
+    worker.kill()
+    worker.wait()
+    os.close(writer)
+
+
+def sig(fleet: Fleet, *messages: Any, **named: Any) -> Any:
+    return chat.s(*messages, model=MODEL, fleet=fleet.redis.fleet, **{"max_new_tokens": 8, **named})
+
+
+def test_a_chain_goes_through_the_fleet(users: Any, served: Fleet) -> None:
+    result = chain(users.ask.s("rivers"), sig(served), users.keep.s(), app=users.app).apply_async()
+    kept = result.get(timeout=30)
+    job = served.client().job(result.parent.id)
+    assert kept == {"kept": job.result(5).text, "n": 1}
+
+
+def test_a_chord_waits_for_all_chats(users: Any, served: Fleet) -> None:
+    header = group([sig(served, f"question {i}") for i in range(4)])
+    texts = chord(header, users.keep_all.s(), app=users.app).apply_async().get(timeout=30)
+    assert len(texts) == 4
+    assert all(texts)
+
+
+def test_links_are_sent_once_at_the_end(users: Any, served: Fleet) -> None:
+    ok = sig(served, "hello", app=users.app).apply_async(link=users.count.s("linked"))
+    assert ok.get(timeout=30)["choices"]
+    client = served.redis.client()
+    wait_until(lambda: client.get("users:linked") == b"1", 15)
+    served.client().job(ok.id).cancel()
+    time.sleep(2.5)  # two more reaps
+    assert client.get("users:linked") == b"1"
+
+
+def test_link_error_follows_a_cancelled_job_and_bad_arguments(users: Any, served: Fleet) -> None:
+    client = served.redis.client()
+    running = sig(served, "hello", max_new_tokens=5000, app=users.app).apply_async(
+        link_error=users.failed.s("cancelled")
+    )
+    job = served.client().job(running.id)
+    wait_until(lambda: client.exists(f"tokenfleet:{served.redis.fleet}:job:{running.id}"), 10)
+    wait_until(lambda: job.status().completion_tokens > 5, 10)
+    job.cancel("enough")
+    with pytest.raises(TaskRevokedError):
+        running.get(timeout=10)
+    wait_until(lambda: client.lrange("users:cancelled", 0, -1) == [running.id.encode()], 15)
+    bad = sig(served, "hello", temperature=-1, app=users.app).apply_async(link_error=users.failed.s("bad"))
+    with pytest.raises(InvalidRequest):
+        bad.get(timeout=10)
+    wait_until(lambda: client.lrange("users:bad", 0, -1) == [bad.id.encode()], 15)
+
+
+@pytest.mark.parametrize("terminate", [False, True])
+def test_revoke_is_cancel(served: Fleet, terminate: bool) -> None:
+    app = Celery(broker=served.redis.celery_url, backend=served.redis.celery_url)
+    job = served.client().submit("hello", max_new_tokens=5000)
+    wait_until(lambda: job.status().completion_tokens > 5, 10)
+    app.control.revoke(job.id, terminate=terminate)
+    wait_until(lambda: job.status().state == "cancelled", 10)
+
+
+def test_nobody_sees_a_prompt_through_celery(served: Fleet) -> None:
+    """Neither events (Flower) nor ``inspect`` nor the worker's log show what a job says."""
+    app = Celery(broker=served.redis.celery_url, backend=served.redis.celery_url)
+    secret = "xyzzy-plugh"
+    seen: list[dict[str, Any]] = []
+    with app.connection() as connection:
+        receiver = app.events.Receiver(connection, handlers={"*": seen.append})
+        consumer = receiver.itercapture(limit=None, timeout=20, wakeup=True)
+        next(consumer, None)
+        raw = Celery(broker=served.redis.celery_url, backend=served.redis.celery_url)
+        queue = sig(served).options["queue"]
+        sent = raw.send_task("tokenfleet.chat", args=(secret,), kwargs={"max_new_tokens": 300}, queue=queue)
+        job = served.client().job(sent.id)
+        wait_until(lambda: served.redis.client().exists(f"tokenfleet:{served.redis.fleet}:job:{sent.id}"), 10)
+        active = wait_until(
+            lambda: [t for w in (app.control.inspect(timeout=0.5).active() or {}).values() for t in w], 10
+        )
+        job.result(20)
+        until = time.monotonic() + 10
+        while time.monotonic() < until and not any(e["type"] == "task-succeeded" for e in seen):
+            next(consumer, None)
+    assert any(e["type"] == "task-received" and e["uuid"] == sent.id for e in seen)
+    assert secret not in repr(active)
+    assert secret not in repr([e for e in seen if e["type"] != "task-sent"])
+    assert secret not in served.workers[0].log
