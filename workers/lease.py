@@ -15,6 +15,7 @@ from redis.exceptions import RedisError
 
 from tokenfleet.wire import scripts
 from tokenfleet.wire.keys import Keys, new_id
+from tokenfleet.workers.guardian import Guardian
 from tokenfleet.workers.settings import LeaseSettings
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,15 @@ class LeaseHolder(Protocol):
 class Lease:
     """``worker_id`` is fresh for every registration: a lapsed one never comes back."""
 
-    def __init__(self, connect: Callable[[], redis.Redis], keys: Keys, settings: LeaseSettings, holder: LeaseHolder):
+    def __init__(
+        self,
+        connect: Callable[[], redis.Redis],
+        keys: Keys,
+        settings: LeaseSettings,
+        holder: LeaseHolder,
+        guardian: Guardian,
+    ) -> None:
+        self._guardian = guardian
         self._connect = connect
         self._keys = keys
         self._settings = settings
@@ -100,6 +109,7 @@ class Lease:
             self._beat()
             return
         self.registered.set()
+        self._guardian.tell(self.worker_id)
         if reply[0] == b"jobs":
             self._holder.owned(frozenset(i.decode() for i in reply[1:]))
         outcome = scripts.run_blocking(self._client, "reap", self._keys.prefix)

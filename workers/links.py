@@ -63,7 +63,7 @@ def _collect(app: Celery, request: Context, result: Any, *, is_success: bool) ->
 
         def put(queue: str, message: dict[str, Any], **_: Any) -> None:
             priority = channel._get_message_priority(message, reverse=False)
-            collected.append((channel._q_for_pri(queue, priority), dumps(message)))
+            collected.append((channel._q_for_pri(queue, priority), dumps(message)))  # type: ignore[no-untyped-call]
 
         channel._put = put
         producer = app.amqp.Producer(channel)

@@ -29,6 +29,7 @@ from tokenfleet.wire.requests import check_size
 from tokenfleet.wire.results import ChatResult
 from tokenfleet.workers.control import ControlChannel
 from tokenfleet.workers.gate import Gate
+from tokenfleet.workers.guardian import Guardian
 from tokenfleet.workers.health import Progress
 from tokenfleet.workers.lease import Lease
 from tokenfleet.workers.publisher import JobWriter, Lost, Publisher, celery_failure, celery_success
@@ -79,7 +80,8 @@ class Runtime:
         self._was_busy = False
         self.ledger = Ledger(self._client, self.keys)
         self.publisher = Publisher(Ledger(connect(), self.keys))
-        self.lease = Lease(connect_blocking, self.keys, settings.lease, self)
+        guardian = Guardian(settings.redis_url, settings.fleet)
+        self.lease = Lease(connect_blocking, self.keys, settings.lease, self, guardian)
         self._room = asyncio.Condition()
         self._gate = Gate()
         self._progress = Progress(lambda: self.served.engine.steps, settings.hang_s)
