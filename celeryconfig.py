@@ -7,10 +7,14 @@ Why each of these is as it is: docs/operations.md.
 from kombu.entity import Queue
 
 from tokenfleet.wire import urls
+from tokenfleet.wire.errors import ConfigurationError
 from tokenfleet.wire.keys import Priority
 from tokenfleet.workers.settings import load_settings
 
-tokenfleet_settings = load_settings()
+try:
+    tokenfleet_settings = load_settings()
+except ConfigurationError as error:
+    raise SystemExit(f"error [{error.code}]: {error}") from None
 _address = urls.parse(tokenfleet_settings.redis_url)
 _queue = tokenfleet_settings.keys.queue(tokenfleet_settings.model)
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, JsonConfigSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings.exceptions import SettingsError
 
 from tokenfleet.wire.errors import ConfigurationError
 from tokenfleet.wire.keys import Keys
@@ -97,4 +98,6 @@ def load_settings() -> WorkerSettings:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = "_".join(str(p) for p in first["loc"]).upper()
-        raise ConfigurationError(f"TOKENFLEET_{place}: {first['msg']}") from error
+        raise ConfigurationError(f"TOKENFLEET_{place}: {first['msg']}", hint="See docs/settings.md.") from error
+    except (SettingsError, OSError) as error:
+        raise ConfigurationError(f"Settings can't be read: {error}", hint="See docs/settings.md.") from error
