@@ -134,9 +134,10 @@ def test_garbage_in_broker_log_and_channel_kills_nobody(fleet: Fleet) -> None:
     good = client.submit("hello", max_new_tokens=200)
     ghost = new_id()
     headers = {"lang": "py", "task": "tokenfleet.run", "id": ghost}
+    delivery = {"delivery_tag": new_id(), "delivery_info": {"exchange": "", "routing_key": queue}}
     message = {
         "body": json.dumps([[ghost], {}, {}]), "content-encoding": "utf-8", "content-type": "application/json",
-        "headers": headers, "properties": {"delivery_tag": new_id(), "delivery_info": {"exchange": "", "routing_key": queue}},
+        "headers": headers, "properties": delivery,
     }  # fmt: skip
     server.lpush(queue, json.dumps(message))
     server.lpush(queue, json.dumps({**message, "headers": {**headers, "task": "no.such.task"}}))
