@@ -157,6 +157,14 @@ class Client:
         """Queue texts to be scored by a reward model."""
         return Job(self.thread, self.thread.run(self.aio.submit_scores(texts, job_id=job_id, **named)))
 
+    def chat(self, messages: Messages = (), **named: Any) -> ChatResult:
+        """`submit`, and wait for the whole answer."""
+        return self.thread.run(self.aio.chat(messages, **named))
+
+    def scores(self, texts: Sequence[str], **named: Any) -> ChatResult:
+        """`submit_scores`, and wait for the scores."""
+        return self.thread.run(self.aio.scores(texts, **named))
+
     def submit_many(self, chats: Iterable[Messages | Mapping[str, Any]], **named: Any) -> list[Job]:
         """Queue many chats; see `AsyncClient.submit_many`."""
         return [Job(self.thread, job) for job in self.thread.run(self.aio.submit_many(chats, **named))]
