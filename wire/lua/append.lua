@@ -2,7 +2,7 @@
 -- ARGV: prefix, n jobs, then per job: id, epoch, owner, first seq, tokens delivered so far (all choices),
 --   n fields, field, value, …, n events, event, …, final state or '', and if final: what AsyncResult shall read
 -- Returns per job: 'ok' | 'fenced' (someone else owns it) | 'ended' | 'gone' (expired, or Redis lost it) |
---   'gap' (Redis lost the end of its log)
+--   'gap' (Redis lost the end of its log, or something else wrote there: the job has ended with lost_state)
 local at, out = 3, {}
 for j = 1, num(ARGV[2]) do
   local id, epoch, owner, first, tokens = ARGV[at], ARGV[at + 1], ARGV[at + 2], num(ARGV[at + 3]), ARGV[at + 4]
@@ -31,11 +31,15 @@ for j = 1, num(ARGV[2]) do
     local fresh = {}
     for s = seq + 1, upto do
       local event = ARGV[events + s - first]
-      if not redis.call('XADD', log_key(id), 'NOMKSTREAM', s .. '-0', 'e', event) then status = 'gone' break end
+      -- pcall: whatever else stands in one job's log must not stop the others of this call.
+      local added = redis.pcall('XADD', log_key(id), 'NOMKSTREAM', s .. '-0', 'e', event)
+      if not added then status = 'gone' break end
+      if type(added) == 'table' then status = 'gap' break end
       fresh[#fresh + 1] = event
     end
     if status == 'ok' then
-      local set = { 'seq', math.max(seq, upto), 'tokens', tokens }
+      -- max: a call may arrive after its own retry and after later ones.
+      local set = { 'seq', math.max(seq, upto), 'tokens', math.max(num(tokens), num(f[6])) }
       if num(tokens) > num(f[6]) then
         set[#set + 1] = 'progress'
         set[#set + 1] = epoch
@@ -53,6 +57,8 @@ for j = 1, num(ARGV[2]) do
       end
     end
   end
+  -- Other text must never come after what somebody may have read: it can't go on.
+  if status == 'gap' then close(id, 'failed', 'lost_state', 'Redis lost a part of what was delivered') end
   out[j] = status
 end
 return out

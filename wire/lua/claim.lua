@@ -4,6 +4,7 @@
 --   {'running'} (someone else has it) | {'unregistered'} (this worker's lease lapsed)
 local id, wid, owner, mode = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local job = job_key(id)
+if mode == 'claim' then redis.call('SREM', P .. 'held:' .. wid, id) end
 local f = redis.call('HMGET', job, 'state', 'owner', 'queue', 'priority', 'order', 'deadline_ms', 'epoch')
 if not f[1] then return { 'gone' } end
 if has_ended(f[1]) then return { 'ended', f[1] } end
@@ -26,7 +27,6 @@ if f[1] == 'queued' then
   redis.call('HSETNX', job, 'first_claimed_ms', NOW)
   redis.call('ZREM', P .. 'queue:' .. f[3], id)
   redis.call('ZREM', P .. 'due', id)
-  redis.call('SREM', P .. 'held:' .. wid, id)
   redis.call('SADD', P .. 'jobs:' .. wid, id)
   redis.call('ZADD', P .. 'deadlines', num(f[6]), id)
   -- Remember per second the highest order claimed in each lane: what the lost-message rule asks for.

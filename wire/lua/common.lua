@@ -61,7 +61,7 @@ local function finish(id, state, seq, event, celery)
   local job = job_key(id)
   local f = redis.call('HMGET', job, 'queue', 'priority', 'worker', 'retention_ms', 'sends', 'links', 'dead_ms', 'state')
   local queue, keep = f[1], num(f[4])
-  redis.call('XADD', log_key(id), 'NOMKSTREAM', seq .. '-0', 'e', event)
+  redis.pcall('XADD', log_key(id), 'NOMKSTREAM', seq .. '-0', 'e', event) -- no log, or not ours: it ends all the same
   redis.call('HSET', job, 'state', state, 'seq', seq, 'ended_ms', NOW, 'terminal', event, 'owner', '')
   redis.call('ZREM', P .. 'deadlines', id)
   redis.call('ZREM', P .. 'due', id)

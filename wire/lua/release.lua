@@ -4,6 +4,6 @@ local f = redis.call('HMGET', job_key(ARGV[2]), 'state', 'epoch', 'owner', 'hand
 if not f[1] then return 'gone' end
 if f[4] == ARGV[4] then return 'ok' end
 if f[1] ~= 'running' or f[2] ~= ARGV[3] or f[3] ~= ARGV[4] then return 'fenced' end
-redis.call('HSET', job_key(ARGV[2]), 'handed_by', ARGV[4], 'strikes', 0)
+redis.call('HSET', job_key(ARGV[2]), 'handed_by', ARGV[4])
 requeue(ARGV[2])
 return 'ok'
