@@ -83,7 +83,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
             from tokenfleet.engines.models import resolve
 
             model = shutil.copytree(resolve(MODEL), folder / "model")
-            for path in (*folder.parents[:2], folder, model, *model.iterdir()):  # the worker is another user there
+            for path in (model, *model.iterdir()):  # the worker is another user there
                 path.chmod(path.stat().st_mode | 0o055 if path.is_dir() else 0o644)
             (folder / "stand-in.yml").write_text(STAND_IN.format(model=model, name=MODEL))
             files += ["--file", str(folder / "stand-in.yml")]
