@@ -429,5 +429,5 @@ def test_scripts_keep_their_promises_under_any_interleaving(shared_redis: RedisS
                 deadline=None,
                 suppress_health_check=list(HealthCheck),
                 report_multiple_bugs=False,
-            ),  # fmt: skip
+            ),
         )
