@@ -91,15 +91,13 @@ def render(
         return _raw(request.prompt, tokenizer)
     wishes, offered = Wishes.of(request, options), offer(request)
     placement = place(request.messages, template.media if template else None)
-    source = own.source_of(tokenizer, has_tools=bool(offered.tools)) if template is None else None
-    if source is not None and own.loses_tools(request.messages, source, has_tools=bool(offered.tools)):
-        template = _template_for_tools(tokenizer, source)
     mask = Mask(tokenizer, template, request.messages) if options.is_neutral else None
     messages = mask.messages if mask else request.messages
     result: list[Piece]
     if template is None:
-        result = [_own_text(tokenizer, messages, wishes, offered, placement, now)]
-        parser = parser_of_own(source or "", str(result[0]), offered, is_parallel=request.parallel_tool_calls)
+        text, source = _own_text(tokenizer, messages, wishes, offered, placement, now)
+        result = [text]
+        parser = parser_of_own(source, text, offered, is_parallel=request.parallel_tool_calls)
     else:
         result = _named_pieces(template, messages, wishes, offered, placement, now)
         parser = parser_of(template, offered, is_parallel=request.parallel_tool_calls)
@@ -175,23 +173,33 @@ def _own_text(
     offered: Offer,
     placement: Placement,
     now: datetime | None,
-) -> str:
+) -> tuple[str, str]:
+    """(the prompt's text, the source of the template that made it)."""
     system, others = split_system(messages, wishes.system)
     check_last(others)
+    source = own.source_of(tokenizer, has_tools=bool(offered.tools)) or ""
+    if own.loses_tools(others, source, has_tools=bool(offered.tools)):
+        system = system or wishes.default_system or _default_system(tokenizer, source)
+        told = own.tools_as_text(others, system, offered.tools, now)
+        try:
+            text = own.render(tokenizer, own.as_dicts(told, source, placement), None, wishes.for_own, now=now)
+        except InvalidRequest:
+            if told[0].role != "system":
+                raise
+            told = own.system_in_user(told)
+            text = own.render(tokenizer, own.as_dicts(told, source, placement), None, wishes.for_own, now=now)
+        return text, source
     if system or wishes.default_system is not None:
         first = messages[0] if messages[0].role == "developer" and system else Message(role="system")
         others.insert(0, first.model_copy(update={"content": system or wishes.default_system}))
-    source = own.source_of(tokenizer, has_tools=bool(offered.tools)) or ""
     dicts = own.as_dicts(others, source, placement)
-    return own.render(tokenizer, dicts, offered.tools, wishes.for_own, now=now)
+    return own.render(tokenizer, dicts, offered.tools, wishes.for_own, now=now), source
 
 
 @lru_cache(maxsize=8)
-def _template_for_tools(tokenizer: Tokenizer, source: str) -> Template:
-    """The model's own template, whose ``source`` knows no tools, taken apart."""
+def _default_system(tokenizer: Tokenizer, source: str) -> str:
+    """What the model's own template ``source`` says where there is no system text; "" if that can't be found out."""
     try:
-        return parsed(tokenizer, is_bos_once=True)
-    except ConfigurationError as error:
-        raise InvalidRequest(
-            "This model's chat template knows no tools.", hint="Serve it with --template NAME.", param="tools"
-        ) from error
+        return parsed(tokenizer).default_system
+    except ConfigurationError:
+        return ""

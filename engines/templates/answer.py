@@ -6,6 +6,7 @@ from typing import Any
 
 from tokenfleet.engines.templates import sandbox
 from tokenfleet.engines.templates.choice import Offer
+from tokenfleet.engines.templates.own import knows_tools
 from tokenfleet.engines.templates.schema import Template, tool_format
 from tokenfleet.engines.templates.tokens import Tokenizer, encode, special_ids
 from tokenfleet.wire.errors import InvalidRequest
@@ -16,6 +17,7 @@ _TOOL_SIGNS = {
     "<minimax:tool_call>": "minimax2",
     "<seed:tool_call>": "seed_oss",
     "<|tool_call_start|>": "lfm2",
+    "<|tool_list_start|>": "lfm2",
     "<|tool_call>": "gemma4",
     "<arg_key>": "glm4_moe",
     "<function=": "qwen3_5",
@@ -31,6 +33,7 @@ _TOOL_SIGNS = {
 }
 _HARMONY = ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>")
 _THOUGHTS = (
+    ("<|channel>thought", "<channel|>"),
     ("<seed:think>", "</seed:think>"),
     ("◁think▷", "◁/think▷"),
     ("[THINK]", "[/THINK]"),
@@ -40,7 +43,10 @@ _THOUGHTS = (
 
 def parser_of_own(source: str, text: str, offer: Offer, *, is_parallel: bool) -> dict[str, Any]:
     """From the source of the model's own chat template and the prompt ``text`` that it made."""
-    tools = next((name for sign, name in _TOOL_SIGNS.items() if sign in source), None) if offer.tools else None
+    tools = None
+    if offer.tools:  # "default" is how `own.tools_as_text` tells them
+        signs = _TOOL_SIGNS.items() if knows_tools(source) else ()
+        tools = next((name for sign, name in signs if sign in source), None if signs else "default")
     pair = next((pair for pair in _THOUGHTS if pair[1] in source), None)
     if "<|channel|>" in source:  # beside calls, thoughts may be followed by something else than the final channel
         pair = (_HARMONY[0], "<|end|>") if tools else _HARMONY

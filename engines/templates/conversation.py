@@ -107,15 +107,24 @@ def turns(
 
 
 def function_turn(content: str, thoughts: tuple[str, str], call_words: tuple[str, str], param: str) -> Turn:
-    """LLaMA-Factory's ``function`` message: JSON of a call or a list of them, alone, after thoughts, or marked."""
+    """LLaMA-Factory's ``function`` message: JSON of a call or a list of them, alone, after thoughts, or marked.
+
+    Thoughts in other words than the template's become its ``reasoning``."""
     marked = _between(call_words)
     blocks = [match[1] for match in marked.finditer(content)]
     text = marked.sub("", content)
+    reasoning = ""
     if not blocks:
         thought = _between(thoughts).search(content)
         text = thought[0] if thought else ""
+        if thought is None and (foreign := _COMMON_THOUGHTS.match(content)):
+            reasoning, content = foreign[1], content[foreign.end() :]
         blocks = [content.replace(text, "") if text else content]
-    return Turn("assistant", text, tuple(call for block in blocks for call in _calls(block, param)), param=param)
+    calls = tuple(call for block in blocks for call in _calls(block, param))
+    return Turn("assistant", text, calls, reasoning=reasoning, param=param)
+
+
+_COMMON_THOUGHTS = re.compile(r"\s*<think>\s*(.*?)\s*</think>\s*", re.DOTALL)
 
 
 def _calls(block: str, param: str) -> list[Call]:

@@ -1,12 +1,12 @@
 """The chat template that a model brings along, rendered as transformers' `apply_chat_template` does.
 
-`parsed` is the other reading of it, LLaMA-Factory's for ``template: null``: probe it with a few messages and take the
-answers apart into turns. It is offered as the template name ``parsed``, and used by itself where a request has tools
-and the model's template knows none (tools would be lost in silence).
+Where it knows nothing of tools, a request's tools would be lost in silence: then they are told in the system text and
+calls and results become ordinary messages, in LLaMA-Factory's "default" tool format (`tools_as_text`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -16,10 +16,12 @@ import jinja2
 from jinja2 import nodes
 
 from tokenfleet.engines.templates import sandbox
-from tokenfleet.engines.templates.conversation import function_turn
+from tokenfleet.engines.templates.conversation import function_turn, turns
 from tokenfleet.engines.templates.media import Placement, split, text_of
+from tokenfleet.engines.templates.sandbox import to_json
+from tokenfleet.engines.templates.schema import tool_format
 from tokenfleet.engines.templates.tokens import Tokenizer
-from tokenfleet.engines.templates.tools import read_call, wrapped
+from tokenfleet.engines.templates.tools import Definition, describe, read_call, wrapped, write_calls
 from tokenfleet.wire.chat import Message
 from tokenfleet.wire.errors import ConfigurationError, InvalidRequest
 
@@ -27,7 +29,7 @@ RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt",
 
 
 THOUGHTS = ("<think>\n", "\n</think>\n\n")
-_CALL_WORDS = ("<tool_call>", "</tool_call>")
+CALL_WORDS = ("<tool_call>", "</tool_call>")
 
 
 def source_of(tokenizer: Tokenizer, *, has_tools: bool = False) -> str | None:
@@ -40,9 +42,16 @@ def source_of(tokenizer: Tokenizer, *, has_tools: bool = False) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def _compiled(source: str) -> jinja2.Template:
+    try:
+        return sandbox.chat_template(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigurationError(f"The model's chat template is broken: {error}.", param="template") from error
+
+
 @lru_cache(maxsize=32)
 def _tree(source: str) -> nodes.Template:
-    return sandbox.chat_template(source).environment.parse(source)
+    return _compiled(source).environment.parse(source)
 
 
 @lru_cache(maxsize=32)
@@ -70,6 +79,20 @@ def _content(message: Message, source: str, placement: Placement) -> str | list[
     return text_of(message, placement) if "is string" in source and not placement.media else split(message, placement)
 
 
+@lru_cache(maxsize=32)
+def _joins_arguments(source: str) -> bool:
+    """Whether a call's arguments are added to a text as they are (DeepSeek's templates), so must be text."""
+
+    def is_arguments(node: nodes.Expr) -> bool:
+        key = node.arg if isinstance(node, nodes.Getitem) else None
+        name = key.value if isinstance(key, nodes.Const) else getattr(node, "attr", None)
+        return name == "arguments"
+
+    tree = _tree(source)
+    added = [side for node in tree.find_all(nodes.Add) for side in (node.left, node.right)]
+    return any(map(is_arguments, [*added, *(side for node in tree.find_all(nodes.Concat) for side in node.nodes)]))
+
+
 def as_dicts(messages: Sequence[Message], source: str, placement: Placement) -> list[dict[str, Any]]:
     """``messages`` in the form that chat templates on the hub expect: arguments of calls are objects, not text."""
     result: list[dict[str, Any]] = []
@@ -78,17 +101,28 @@ def as_dicts(messages: Sequence[Message], source: str, placement: Placement) -> 
         if role == "developer" and "developer" not in source:
             role = "system"
         entry: dict[str, Any] = {"role": role, "content": _content(message, source, placement)}
-        calls = [(call.id, read_call(call.function.model_dump(), _param(i))) for call in message.tool_calls]
+        calls = [
+            (call.id, read_call(call.function.model_dump(), f"messages[{i}].tool_calls")) for call in message.tool_calls
+        ]
         if message.role == "function":
-            turn = function_turn(message.text, THOUGHTS, _CALL_WORDS, f"messages[{i}].content")
+            turn = function_turn(message.text, THOUGHTS, CALL_WORDS, f"messages[{i}].content")
             entry["content"] = turn.text
             calls = [(f"call{i:03d}{j:02d}", call) for j, call in enumerate(turn.calls)]
         if calls:
+            as_text = to_json if _joins_arguments(source) else None
             entry["tool_calls"] = [
-                {"id": made, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                {
+                    "id": made,
+                    "type": "function",
+                    "function": {
+                        "name": call.name,
+                        "arguments": as_text(call.arguments) if as_text else call.arguments,
+                    },
+                }
                 for made, call in calls
             ]
-            entry["content"] = None if message.content is None else entry["content"]
+            if message.content is None and _IS_NONE.search(source):
+                entry["content"] = None
         for key in ("reasoning_content", "tool_call_id", "name"):
             if (value := getattr(message, key)) is not None:
                 entry[key] = value
@@ -96,8 +130,8 @@ def as_dicts(messages: Sequence[Message], source: str, placement: Placement) -> 
     return result
 
 
-def _param(i: int) -> str:
-    return f"messages[{i}].tool_calls"
+# Some templates tell an answer with calls by its content being none, others stumble over that.
+_IS_NONE = re.compile(r"content['\"\]]*\s+is\s+none")
 
 
 def loses_tools(messages: Sequence[Message], source: str, *, has_tools: bool) -> bool:
@@ -128,10 +162,9 @@ def render(
     context = {**tokenizer.special_tokens_map, **(options or {}), "messages": messages, "documents": None}
     context |= {"tools": [wrapped(tool) for tool in tools] if tools else None}
     context |= {"add_generation_prompt": add_generation_prompt}
+    template = _compiled(source)
     try:
-        return sandbox.render(sandbox.chat_template(source), context, now)
-    except jinja2.TemplateSyntaxError as error:
-        raise ConfigurationError(f"The model's chat template is broken: {error}.", param="template") from error
+        return sandbox.render(template, context, now)
     except sandbox.Refused as error:
         message = f"The model's chat template refuses this conversation: {error}"
     except sandbox.LimitExceeded as error:
@@ -141,3 +174,27 @@ def render(
     except RecursionError:
         message = "The prompt can't be rendered: the conversation is nested too deeply."
     raise InvalidRequest(message, hint="Check roles, their order and tools.", param="messages")
+
+
+def tools_as_text(
+    messages: Sequence[Message], system: str, tools: Sequence[Definition] | None, now: datetime | None
+) -> list[Message]:
+    """``messages`` (without a system's) with tools, calls and results told in words; results in a row are one."""
+    style = tool_format("default")
+    told = system + describe(style, tools or (), now, None)
+    result = [Message(role="system", content=told)] if told else []
+    for turn in turns(messages, lambda message: message.text, THOUGHTS, CALL_WORDS):
+        if turn.calls:
+            text = turn.text + write_calls(style, turn.calls, turn.param)
+            result.append(Message(role="assistant", content=text, reasoning_content=turn.reasoning or None))
+        elif turn.role == "tool":
+            result.append(Message(role="user", content=turn.content))
+        else:
+            result.append(Message(role=turn.role, content=turn.text, reasoning_content=turn.reasoning or None))
+    return result
+
+
+def system_in_user(messages: Sequence[Message]) -> list[Message]:
+    """The system text moved into the first user's message, for templates that refuse a system's."""
+    system, first, *others = messages
+    return [first.model_copy(update={"content": f"{system.text}\n\n{first.text}"}), *others]

@@ -12,10 +12,11 @@ from tokenfleet.wire.errors import ConfigurationError, InvalidRequest
 _MARK = "{{content}}"
 
 
-def parsed(tokenizer: Tokenizer, *, is_bos_once: bool = False) -> Template:
+def parsed(tokenizer: Tokenizer) -> Template:
     """The model's own chat template taken apart into turns, as LLaMA-Factory 0.9.5 does for ``template: null``.
 
-    Where the template writes BOS itself, it finds BOS in every user's turn; ``is_bos_once`` leaves one, in front.
+    Known weaknesses, kept: where the template writes BOS itself, BOS is in every user's turn; what only stands before
+    the next answer (an opened ``<think>``) stands before earlier answers too.
     Raises `ConfigurationError` where the template doesn't answer the probes (some refuse a system message)."""
 
     def probe(*messages: tuple[str, str], header: bool = False) -> str:
@@ -36,12 +37,6 @@ def parsed(tokenizer: Tokenizer, *, is_bos_once: bool = False) -> Template:
     if len(user) > len(without_default):
         default_system = _added(without_default, user)
         user = user[len(system.replace(_MARK, default_system, 1)) :]
-    bos = str(tokenizer.bos_token or "")
-    if is_bos_once and bos and not before and user.startswith(bos):
-        turns = [(user, "1"), (assistant, "2"), (user.removeprefix(bos), "3")]
-        whole = "".join(slot.replace(_MARK, text, 1) for slot, text in turns)
-        if whole == probe(("user", "1"), ("assistant", "2"), ("user", "3"), header=True):
-            before, user, system = bos, user.removeprefix(bos), system.removeprefix(bos)
     return Template(
         name="parsed",
         user=_slot(user),

@@ -6,13 +6,29 @@ A call is given out when it is complete and valid: nobody ever gets half a call 
 """
 
 from tokenfleet.wire.toolformats.base import Calls, FunctionCall, NoCall, Outcome, Reader, calls_of
-from tokenfleet.wire.toolformats.blocks import block, deepseek, functions, invokes, json_lines, read_glm4_moe
+from tokenfleet.wire.toolformats.blocks import (
+    block,
+    deepseek,
+    dropped,
+    functions,
+    invokes,
+    json_lines,
+    read_glm4_moe,
+    read_harmony,
+)
 from tokenfleet.wire.toolformats.notations import python_calls, read_gemma4
 from tokenfleet.wire.toolformats.whole import read_default, read_glm4, whole
 
 __all__ = ["READERS", "Calls", "FunctionCall", "NoCall", "Outcome", "Reader"]
 
 _default = Reader(("Action:",), read_default)
+# No mark may begin with another: what is seen first depends on how the text is cut.
+_harmony = Reader(
+    ("<|channel|>commentary to=functions.",), read_harmony, ("<|message|>", "<|constrain|>", "<|call|>", "<|end|>")
+)
+_harmony_headers = dropped(
+    "<|start|>assistant", "<|channel|>final<|message|>", "<|channel|>commentary<|message|>", "<|end|>", "<|return|>"
+)
 _qwen = block("<tool_call>", "</tool_call>", calls_of)
 READERS: dict[str, tuple[Reader, ...]] = {
     "default": (_default,),
@@ -20,13 +36,14 @@ READERS: dict[str, tuple[Reader, ...]] = {
     "gemma4": (Reader(("<|tool_call>",), read_gemma4, ("<tool_call|>", '<|"|>')),),
     "glm4": (Reader((), read_glm4),),
     "glm4_moe": (Reader(("<tool_call>",), read_glm4_moe, ("</tool_call>", "<arg_key>", "</arg_key>")),),
+    "gpt_oss": (_harmony, _harmony_headers),
     "lfm2": (block("<|tool_call_start|>", "<|tool_call_end|>", python_calls, r"\[|[A-Za-z_]"),),
     "ling": (_qwen,),
     "llama3": (whole("parameters", "<|python_tag|>"),),
     "minimax1": (block("<tool_calls>", "</tool_calls>", json_lines),),
     "minimax2": (block("<minimax:tool_call>", "</minimax:tool_call>", invokes, "<"),),
     "mistral": (whole("arguments", "[TOOL_CALLS]"),),
-    "phi4_mini": (block("<|tool_call|>", "<|/tool_call|>", calls_of), _default),
+    "phi4_mini": (block("<|tool_call|>", "<|/tool_call|>", calls_of, may_stay_open=True), _default),
     "qwen": (_qwen,),
     "qwen3_5": (functions("<tool_call>", "</tool_call>", is_stripped=True),),
     "seed_oss": (functions("<seed:tool_call>", "</seed:tool_call>", is_stripped=False),),

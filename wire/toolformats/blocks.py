@@ -20,10 +20,18 @@ from tokenfleet.wire.toolformats.base import (
 )
 
 
-def block(opened: str, closed: str, parse: Callable[[str], tuple[FunctionCall, ...]], begins: str = r"[{\[]") -> Reader:
+def block(
+    opened: str,
+    closed: str,
+    parse: Callable[[str], tuple[FunctionCall, ...]],
+    begins: str = r"[{\[]",
+    *,
+    may_stay_open: bool = False,
+) -> Reader:
     """Calls between two marks. A closing mark inside a JSON string doesn't close.
 
-    ``begins`` is what must follow the opening mark, blanks apart: a mark that is only spoken of is text at once."""
+    ``begins`` is what must follow the opening mark, blanks apart: a mark that is only spoken of is text at once.
+    ``may_stay_open``: the answer's end closes as well."""
     likely = re.compile(rf"{re.escape(opened)}\s*(?:{begins}|$)", re.DOTALL)
 
     def read(text: str, is_final: bool) -> Outcome:
@@ -37,7 +45,8 @@ def block(opened: str, closed: str, parse: Callable[[str], tuple[FunctionCall, .
             if not is_in_string(inner):
                 return NoCall(end + len(closed))
             end = text.find(closed, end + 1)
-        return None
+        calls = parse(text[len(opened) :]) if is_final and may_stay_open else ()
+        return Calls(calls, len(text)) if calls else None
 
     return Reader((opened,), read, (closed,))
 
@@ -110,7 +119,7 @@ def read_glm4_moe(text: str, is_final: bool) -> Outcome:
         return Calls(calls, following)
     if outcome is None and is_final:
         inner = re.sub(rf"\s*{beginning_of(closed)}$", "", text[len(opened) :])
-        if inner.endswith("</arg_value>") and (calls := _arg_pairs(inner)):
+        if calls := _arg_pairs(inner):
             return Calls(calls, len(text))
     return outcome
 
@@ -128,3 +137,34 @@ def deepseek(inner: str) -> tuple[FunctionCall, ...]:
     except (ValueError, RecursionError):
         return ()
     return tuple(FunctionCall(name, as_json(value)) for name, value in found)
+
+
+_HARMONY_HEAD = re.compile(r"<\|channel\|>commentary to=functions\.([\w.-]+).*?<\|message\|>", re.DOTALL)
+_HARMONY_END = re.compile(r"<\|call\|>|<\|end\|>|<\|return\|>")
+
+
+def read_harmony(text: str, is_final: bool) -> Outcome:
+    """gpt-oss: ``<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>JSON<|call|>``.
+
+    ``<|call|>`` ends the answer, and as a stop token it has no text: the answer's end counts as well."""
+    head = _HARMONY_HEAD.match(text)
+    if head is None:
+        return None
+    end = _HARMONY_END.search(text, head.end())
+    if end is None and not is_final:
+        return None
+    after = end.end() if end else len(text)
+    try:
+        value = strict_json(text[head.end() : end.start() if end else len(text)])
+    except (ValueError, RecursionError):
+        return NoCall(after)
+    return Calls((FunctionCall(head[1], as_json(value)),), after)
+
+
+def dropped(*marks: str) -> Reader:
+    """Headers that stand around the content and are no part of it."""
+
+    def read(text: str, is_final: bool) -> Outcome:
+        return Calls((), next(len(mark) for mark in marks if text.startswith(mark)))
+
+    return Reader(marks, read)
