@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -134,6 +135,12 @@ class Fleet:
         for worker in self.workers:
             if worker.process.poll() is None:
                 worker.kill_group(signal.SIGCONT)
+                if "COVERAGE_PROCESS_CONFIG" in os.environ:  # only a process that leaves by itself tells what it ran
+                    worker.kill_main(signal.SIGTERM)
+        for worker in self.workers:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.wait(10 if "COVERAGE_PROCESS_CONFIG" in os.environ else 0)
+            with contextlib.suppress(ProcessLookupError):
                 worker.kill_group(signal.SIGKILL)
             worker.process.wait()
             os.close(worker.lifeline)
