@@ -69,7 +69,7 @@ gpu-test: $(READY) ## the engines' suite on this machine's GPU
 	$(PY) -m pytest tests/gpu -m gpu $(PYTEST_ARGS)
 
 lock: $(READY) ## write the installed versions to deploy/constraints/lock.txt
-	@{ sed -n '/^#/p' $(LOCK); $(PY) -m pip freeze --exclude-editable --exclude pip --exclude setuptools --exclude wheel \
+	@{ sed -n '/^#/p' $(LOCK); $(PY) -m pip freeze --exclude-editable --exclude pip --exclude setuptools --exclude wheel --exclude py-spy \
 	  | sed 's/+cpu$$//'; } > $(LOCK).new && mv $(LOCK).new $(LOCK) && touch $(READY)
 
 clean: ## remove build leftovers and caches, not .venv
