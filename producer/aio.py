@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from tokenfleet.producer.assembly import Assembly
 from tokenfleet.producer.collector import Collector, Follower, is_terminal
@@ -26,6 +26,8 @@ from tokenfleet.wire.keys import Keys, new_id
 from tokenfleet.wire.ledger import Ledger, translated
 from tokenfleet.wire.requests import Messages, chat_request, check_size, score_request
 from tokenfleet.wire.results import ChatResult
+
+T = TypeVar("T")
 
 MIN_REDIS, MIN_VALKEY = (7, 0), (7, 2)
 
@@ -61,7 +63,9 @@ class AsyncStream:
         follower, self._follower = self._follower, None
         await self._context.aclose()
         if follower is not None and not self._ended and self._job._cancel_on_disconnect:
-            await self._job.cancel("the reader left")
+            self._ended = True
+            # A task of its own: the reader may have been cancelled, and its scope may cancel at every await (anyio's).
+            await asyncio.shield(self._job._client.in_background(self._job.cancel("the reader left")))
         self._ended = True
 
     def __aiter__(self) -> Self:
@@ -129,10 +133,10 @@ class AsyncJob:
 
     async def cancel(self, reason: str = "") -> State:
         """End the job, queued or running. Returns its state: ``cancelled``, or how it had ended before."""
-        return await self._client._ledger.cancel(self.id, reason)
+        return await self._client.ledger.cancel(self.id, reason)
 
     async def status(self) -> JobStatus:
-        return await self._client._ledger.status(self.id)
+        return await self._client.ledger.status(self.id)
 
 
 class AsyncClient:
@@ -146,9 +150,10 @@ class AsyncClient:
         self._model = model
         self._max_queued = max_queued
         self._redis = urls.connect_async(redis_url, socket_timeout=10.0, socket_connect_timeout=3.0)
-        self._ledger = Ledger(self._redis, self.keys)
+        self.ledger = Ledger(self._redis, self.keys)
         self._collecting: Collector | None = None
         self._is_checked = False
+        self._background: set[asyncio.Task[Any]] = set()
 
     async def __aenter__(self) -> Self:
         await self.check()
@@ -160,6 +165,7 @@ class AsyncClient:
         await self.aclose()
 
     async def aclose(self) -> None:
+        await asyncio.gather(*self._background, return_exceptions=True)
         if self._collecting is not None:
             await self._collecting.close()
         await self._redis.aclose()
@@ -173,6 +179,12 @@ class AsyncClient:
         with the same body is the same job. Raises `InvalidRequest`, `UnknownModel`, `Overloaded`, `JobConflict`."""
         model = named.pop("model", None)
         request, options = chat_request(messages, named)
+        return await self._submit(request, options, model, job_id)
+
+    async def submit_request(
+        self, request: ChatRequest | ScoreRequest, options: JobOptions, *, model: str | None, job_id: str | None = None
+    ) -> AsyncJob:
+        """`submit`, for a request that is built already (a gateway's, a batch's)."""
         return await self._submit(request, options, model, job_id)
 
     async def submit_scores(self, texts: Sequence[str], *, job_id: str | None = None, **named: Any) -> AsyncJob:
@@ -206,15 +218,15 @@ class AsyncClient:
         return AsyncJob(self, job_id, cancel_on_disconnect=cancel_on_disconnect)
 
     async def models(self) -> dict[str, ServedModel]:
-        return await self._ledger.models()
+        return await self.ledger.models()
 
     async def workers(self) -> list[dict[str, str]]:
         """What the live workers say of themselves."""
-        return await self._ledger.workers()
+        return await self.ledger.workers()
 
     async def overview(self) -> Overview:
         """Models, workers, queues and memory at a glance."""
-        return await overview(self._ledger)
+        return await overview(self.ledger)
 
     async def check(self) -> None:
         """Raises `FleetUnavailable` if this Redis can't hold a fleet."""
@@ -235,6 +247,13 @@ class AsyncClient:
             )
         self._is_checked = True
 
+    def in_background(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """A task that outlives its caller, until the client is closed."""
+        task = asyncio.create_task(coroutine)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
     async def _submit(
         self, request: ChatRequest | ScoreRequest, options: JobOptions, model: str | None, job_id: str | None
     ) -> AsyncJob:
@@ -245,7 +264,7 @@ class AsyncClient:
         job_id = job_id or new_id()
         model = model or self._model or await self._only_model()
         try:
-            await self._ledger.submit(job_id, model, body, options, max_queued=self._max_queued)
+            await self.ledger.submit(job_id, model, body, options, max_queued=self._max_queued)
         except UnknownModel as error:
             known = ", ".join(sorted(await self.models())) or "none yet"
             raise UnknownModel(error.message, hint=f"Served models: {known}.", model=model) from None
@@ -263,7 +282,7 @@ class AsyncClient:
 
     async def _collector(self) -> Collector:
         if self._collecting is None:
-            self._collecting = Collector(self._ledger)
+            self._collecting = Collector(self.ledger)
         return self._collecting
 
 

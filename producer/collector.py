@@ -171,8 +171,10 @@ class Collector:
         self._pubsub: Any = ledger.client.pubsub()
         self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        self._leaving: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
+        await asyncio.gather(*self._leaving, return_exceptions=True)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -186,7 +188,7 @@ class Collector:
         try:
             yield follower
         finally:
-            await self._unsubscribe(job_id, follower)
+            self._leave(job_id, follower)
 
     async def _subscribe(self, job_id: str, follower: Follower) -> None:
         if not self._tasks:
@@ -205,12 +207,19 @@ class Collector:
         except TimeoutError:
             log.info("job %s: no live events yet; reading its log", job_id)
 
-    async def _unsubscribe(self, job_id: str, follower: Follower) -> None:
+    def _leave(self, job_id: str, follower: Follower) -> None:
+        """Without awaiting anything: whoever leaves may have been cancelled, and cancelled again at each await."""
         followers = self._followers[job_id]
         followers.discard(follower)
         if not followers:
             del self._followers[job_id]
             self._confirmed.pop(job_id).cancel()
+            task = asyncio.create_task(self._unsubscribe(job_id))
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
+
+    async def _unsubscribe(self, job_id: str) -> None:
+        if job_id not in self._followers:  # else somebody came back meanwhile
             with contextlib.suppress(RedisError, OSError):
                 await self._pubsub.unsubscribe(self._prefix + job_id)
 

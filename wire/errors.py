@@ -36,6 +36,8 @@ class ErrorBody(msgspec.Struct, frozen=True, omit_defaults=True):
     hint: str = ""
     retryable: bool = False
     details: dict[str, Any] = {}
+    kind: str = ""
+    """The class it was: a code may be narrower than its class's."""
 
 
 class TokenfleetError(Exception):
@@ -60,7 +62,7 @@ class TokenfleetError(Exception):
         return (from_body, (self.to_body(),))
 
     def to_body(self) -> ErrorBody:
-        return ErrorBody(self.code, self.message, self.hint, self.retryable, self.details)
+        return ErrorBody(self.code, self.message, self.hint, self.retryable, self.details, type(self).__name__)
 
 
 class CallerError(TokenfleetError):
@@ -152,7 +154,7 @@ class ConfigurationError(TokenfleetError):
 
 
 def _tree(cls: type[TokenfleetError]) -> dict[str, type[TokenfleetError]]:
-    found = {cls.code: cls}
+    found = {cls.code: cls, cls.__name__: cls}
     for child in cls.__subclasses__():
         found |= _tree(child)
     return found
@@ -160,7 +162,8 @@ def _tree(cls: type[TokenfleetError]) -> dict[str, type[TokenfleetError]]:
 
 def from_body(body: ErrorBody) -> TokenfleetError:
     """The error that ``body`` was made from; one with an unknown code (a newer release's) is a `JobFailed`."""
-    cls = _tree(TokenfleetError).get(body.code, JobFailed)
+    tree = _tree(TokenfleetError)
+    cls = tree.get(body.kind) or tree.get(body.code, JobFailed)
     error = cls(body.message, code=body.code, hint=body.hint, **body.details)
     if error.retryable != body.retryable:
         error.retryable = body.retryable  # type: ignore[misc]

@@ -36,6 +36,8 @@ class JobOptions(BaseModel):
     retention_s: Seconds | None = None
     durable: bool = False
     cancel_on_disconnect: bool = False
+    tenant: str = Field("", max_length=64)
+    """Whose job it is; the gateway lets nobody else see it."""
 
     @model_validator(mode="after")
     def _tags_are_small(self) -> Self:

@@ -1,0 +1,41 @@
+"""The gateway's settings: environment variables ``TOKENFLEET_GATEWAY_*``, or flags of ``tokenfleet serve``."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class GatewaySettings(BaseSettings):
+    """Sizes in bytes, times in seconds."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="TOKENFLEET_GATEWAY_", frozen=True, extra="forbid", env_ignore_empty=True
+    )
+
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    fleet: str = "default"
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    processes: int = Field(1, ge=1, le=64)
+    allow_no_keys: bool = False
+    """Serve without keys on an address that others can reach. For networks that are closed by other means."""
+    unknown_fields: Literal["refuse", "ignore"] = "refuse"
+    max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024)
+    max_messages: int = Field(2048, ge=1)
+    max_parts: int = Field(256, ge=1)
+    retention_s: float = Field(600.0, gt=0)
+    """How long an ended job stays readable."""
+    deadline_s: float = Field(3600.0, gt=0)
+    queue_ttl_s: float = Field(600.0, gt=0)
+    max_queued: int = Field(10_000, ge=1)
+
+    @property
+    def is_loopback(self) -> bool:
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"

@@ -1,0 +1,202 @@
+"""The gateway under the official client: its types validate every answer."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from itertools import islice
+
+import openai
+import pytest
+
+from tests.fleets import MODEL, Fleet, wait_until
+from tests.gateways import Gateway, start_gateway
+
+MESSAGES: list = [{"role": "user", "content": "Say something."}]
+
+
+@pytest.fixture(scope="module")
+def gateway(served: Fleet) -> Iterator[Gateway]:
+    gateway = start_gateway(served)
+    yield gateway
+    gateway.close()
+
+
+@pytest.fixture
+def client(gateway: Gateway) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0)
+
+
+def test_a_whole_completion(client: openai.OpenAI) -> None:
+    wanted = {"max_tokens": 12, "n": 2, "logprobs": True, "top_logprobs": 2}
+    answer = client.chat.completions.create(model=MODEL, messages=MESSAGES, **wanted)
+    assert answer.object == "chat.completion"
+    assert len(answer.choices) == 2
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.choices[0].message.content
+    assert answer.usage.completion_tokens == 24
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 24
+    logprobs = answer.choices[0].logprobs.content
+    assert len(logprobs) == 12
+    assert all(len(token.top_logprobs) == 2 for token in logprobs)
+
+
+def test_a_stream_joins_to_the_whole_answer(client: openai.OpenAI) -> None:
+    wanted = {"model": MODEL, "messages": MESSAGES, "max_tokens": 30, "temperature": 0}
+    chunks = list(client.chat.completions.create(**wanted, stream=True, stream_options={"include_usage": True}))
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    whole = client.chat.completions.create(**wanted)
+    assert text == whole.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == ["length"]
+    assert chunks[-1].usage.completion_tokens == 30
+    assert len({c.id for c in chunks}) == 1
+
+
+async def test_the_async_client_streams_too(gateway: Gateway) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none") as client:
+        stream = await client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=10, stream=True)
+        assert "".join([c.choices[0].delta.content or "" async for c in stream if c.choices])
+
+
+def test_stop_strings_and_vllms_extras(client: openai.OpenAI) -> None:
+    said = [{"role": "user", "content": "[[say: \"one two STOP three\"]]"}]
+    extra = {"top_k": 5, "min_p": 0.1}
+    answer = client.chat.completions.create(model=MODEL, messages=said, stop="STOP", extra_body=extra)
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.choices[0].message.content.rstrip() == "one two"
+
+
+def test_completions(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model=MODEL, prompt=["a", "b"], max_tokens=5, n=2, logprobs=1)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert answer.usage.completion_tokens == 20
+    assert len(answer.choices[0].logprobs.tokens) == 5
+    chunks = list(client.completions.create(model=MODEL, prompt="a", max_tokens=5, stream=True))
+    assert "".join(c.choices[0].text for c in chunks)
+
+
+def test_models(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).id == MODEL
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("nothing")
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ({"messages": []}, "invalid_request"),
+        ({"temperature": 1000}, "invalid_request"),
+        ({"tempurature": 1}, "unknown_field"),
+        ({"response_format": {"type": "json_object"}}, "unsupported_parameter"),
+        ({"messages": [{"role": "user", "content": "word " * 40_000}]}, "context_length_exceeded"),
+        ({"messages": [{"role": "judge", "content": "x"}]}, "invalid_request"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "unsupported_media"),
+    ],
+)  # fmt: skip
+def test_bad_requests_are_400_with_a_stable_code(client: openai.OpenAI, body: dict, code: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.post("/chat/completions", body={"model": MODEL, "messages": MESSAGES, **body}, cast_to=object)
+    assert caught.value.code == code
+
+
+def test_an_unknown_model_is_404(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="nothing", messages=MESSAGES)
+    assert caught.value.code == "unknown_model"
+
+
+def test_a_body_too_large_is_refused_before_it_is_read(gateway: Gateway) -> None:
+    request = urllib.request.Request(f"{gateway.url}/v1/chat/completions", data=b"x", method="POST")
+    request.add_unredirected_header("Content-Length", str(10**9))
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request, timeout=10)
+    assert caught.value.code == 413
+
+
+def test_a_client_that_leaves_cancels_its_job(client: openai.OpenAI, served: Fleet) -> None:
+    def aborts() -> int:
+        return sum(line["event"] == "end" and line["reason"] == "abort" for line in served.workers[0].record)
+
+    before = aborts()
+    stream = client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=5000, stream=True)
+    list(islice(stream, 5))
+    stream.close()
+    wait_until(lambda: aborts() == before + 1, 10)
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=1.0).chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=5000)
+    wait_until(lambda: aborts() == before + 2, 10)
+
+
+def test_an_idempotency_key_is_one_job_and_resumes(client: openai.OpenAI, gateway: Gateway, served: Fleet) -> None:
+    body = {"model": MODEL, "messages": MESSAGES, "max_tokens": 40, "stream": True}
+
+    def events(url: str, last: str | None = None) -> list[tuple[str, str]]:
+        headers = {"Content-Type": "application/json", "Idempotency-Key": "once"}
+        if last:
+            headers["Last-Event-ID"] = last
+        request = urllib.request.Request(f"{url}/v1/chat/completions", data=json.dumps(body).encode(), headers=headers)
+        lines = urllib.request.urlopen(request, timeout=30).read().decode().split("\n\n")
+        return [tuple(part.partition(": ")[2] for part in line.split("\n")) for line in lines if line.startswith("id:")]
+
+    first = events(gateway.url)
+    other = start_gateway(served)
+    try:
+        cut = first[len(first) // 2][0]
+        assert events(other.url, cut) == [e for e in first if int(e[0]) > int(cut)]
+    finally:
+        other.close()
+    with pytest.raises(openai.ConflictError):
+        client.chat.completions.create(
+            model=MODEL, messages=MESSAGES, max_tokens=41, extra_headers={"Idempotency-Key": "once"}
+        )
+
+
+def test_health_and_readiness(gateway: Gateway) -> None:
+    for path in ("/health", "/ready"):
+        with urllib.request.urlopen(f"{gateway.url}{path}", timeout=5) as reply:
+            assert reply.status == 200
+
+
+def test_once_there_is_a_key_every_route_needs_one(served: Fleet) -> None:
+    import asyncio
+
+    from tokenfleet.producer.gateway.keys import KeyStore
+    from tokenfleet.wire import urls
+    from tokenfleet.wire.keys import Keys
+
+    async def make(revoke: str | None = None) -> tuple[str, str]:
+        redis = urls.connect_async(served.redis.url)
+        store = KeyStore(redis, Keys(served.redis.fleet))
+        if revoke:
+            assert await store.revoke(revoke)
+            await redis.aclose()
+            return "", ""
+        secret, key = await store.create("alice")
+        await redis.aclose()
+        return secret, key.id
+
+    secret, key_id = asyncio.run(make())
+    gateway = start_gateway(served)
+    try:
+        for path in ("/v1/models", "/v1/chat/completions", "/openapi.json"):
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(f"{gateway.url}{path}", timeout=5)
+            assert caught.value.code in (401, 405)
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="wrong").models.list()
+        assert openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=secret).models.list().data
+    finally:
+        gateway.close()
+        asyncio.run(make(key_id))
+
+
+def test_no_public_address_without_keys(fleet: Fleet) -> None:
+    gateway = start_gateway(fleet, wait=False, host="0.0.0.0")
+    try:
+        assert gateway.process.wait(20) != 0
+    finally:
+        gateway.close()
