@@ -1,0 +1,20 @@
+"""One engine a session, each test once with every engine.
+
+``TOKENFLEET_CONTRACT_ENGINES=vllm`` (names of `SUBJECTS`, separated by commas) takes others than the default two."""
+
+from __future__ import annotations
+
+import os
+
+import pytest_asyncio
+
+from tests.contract.subjects import SUBJECTS
+
+_NAMES = os.environ.get("TOKENFLEET_CONTRACT_ENGINES", "scripted,transformers").split(",")
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session", params=_NAMES)
+async def subject(request, tmp_path_factory):
+    name = request.param
+    async with SUBJECTS[name](tmp_path_factory.mktemp(name)) as subject:
+        yield subject

@@ -1,0 +1,108 @@
+"""The engines under contract. A new one is a function here that yields a `Subject`, and a line in `SUBJECTS`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tokenfleet.engines.base import Engine
+from tokenfleet.engines.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A started engine, and the truth about its model from somewhere else.
+
+    ``logits(prompt_ids, ids)`` are the model's own distributions ``[len(ids) + 1, vocab]``, unnormalised: row i is that
+    of the token after ``ids[:i]``.
+    ``tolerance`` is how far the engine's logits may be from it. ``is_exact``: a continuation is the same to the bit.
+    """
+
+    engine: Engine
+    tokenizer: Tokenizer
+    eos_id: int
+    special_id: int
+    """A special token that ends nothing."""
+    logits: Callable[[Sequence[int], Sequence[int]], np.ndarray]
+    tolerance: float
+    is_exact: bool
+
+    @property
+    def name(self) -> str:
+        return self.engine.info.name
+
+
+@asynccontextmanager
+async def scripted(folder: Path) -> AsyncIterator[Subject]:
+    from tokenfleet.engines.scripted import ScriptedEngine, ScriptedOptions
+    from tokenfleet.engines.scripted.hashing import digest
+    from tokenfleet.engines.scripted.model import UNLIKELY, logits_at
+    from tokenfleet.engines.scripted.tokenizer import EOS, SPECIAL, WORD_BASE, WORDS
+
+    def logits(prompt_ids: Sequence[int], ids: Sequence[int]) -> np.ndarray:
+        scores = np.full((len(ids) + 1, WORD_BASE + len(WORDS)), UNLIKELY)
+        for place, row in enumerate(scores):
+            for token_id, value in logits_at(digest(prompt_ids), place).items():
+                row[token_id] = value
+        return scores
+
+    engine = ScriptedEngine(ScriptedOptions(slots=8, allow_faults=True))
+    await engine.start()
+    tool = EOS + SPECIAL.index("<tool>")
+    yield Subject(engine, engine.tokenizer, EOS, tool, logits, tolerance=1e-6, is_exact=True)
+    await engine.close()
+
+
+@asynccontextmanager
+async def transformers(folder: Path) -> AsyncIterator[Subject]:
+    """A small Llama with random weights: a broad distribution, answers in a moment, and a byte-level tokenizer, so
+    that its random tokens are full of open and broken characters."""
+    torch = pytest.importorskip("torch")
+    hf = pytest.importorskip("transformers")
+    from tests.small_tokenizers import byte_level
+    from tokenfleet.engines.hf_tokenizer import HFTokenizer
+    from tokenfleet.engines.transformers_engine import TransformersEngine
+    from tokenfleet.engines.transformers_engine.options import TransformersOptions
+
+    backend = byte_level()
+    model = await asyncio.to_thread(_save_llama, folder, backend, torch, hf)
+    engine = TransformersEngine(
+        TransformersOptions(model_name_or_path=str(folder), infer_dtype="float32", max_batch_size=8, threads=2)
+    )
+    await engine.start()
+
+    @torch.no_grad()
+    def logits(prompt_ids: Sequence[int], ids: Sequence[int]) -> np.ndarray:
+        return model(torch.tensor([[*prompt_ids, *ids]])).logits[0, len(prompt_ids) - 1 :].double().numpy()
+
+    tokenizer = HFTokenizer(engine.tokenizer)
+    yield Subject(engine, tokenizer, backend.token_to_id("</s>"), 0, logits, tolerance=1e-3, is_exact=False)
+    await engine.close()
+
+
+def _save_llama(folder: Path, backend: Any, torch: Any, hf: Any) -> Any:
+    torch.manual_seed(1)
+    config = hf.LlamaConfig(
+        vocab_size=backend.get_vocab_size(), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.4,
+        bos_token_id=0, eos_token_id=1, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = hf.LlamaForCausalLM(config).eval()
+    with torch.no_grad():  # logits of both signs within about ±5, like a trained model's, not a near-uniform noise
+        model.lm_head.weight.mul_(0.6)
+    model.save_pretrained(folder)
+    hf.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return model
+
+
+SUBJECTS: dict[str, Callable[[Path], AbstractAsyncContextManager[Subject]]] = {
+    "scripted": scripted,
+    "transformers": transformers,
+}
