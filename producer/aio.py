@@ -65,7 +65,7 @@ class AsyncStream:
         if follower is not None and not self._ended and self._job._cancel_on_disconnect:
             self._ended = True
             # A task of its own: the reader may have been cancelled, and its scope may cancel at every await (anyio's).
-            await asyncio.shield(self._job._client.in_background(self._job.cancel("the reader left")))
+            await asyncio.shield(self._job._client._in_background(self._job.cancel("the reader left")))
         self._ended = True
 
     def __aiter__(self) -> Self:
@@ -247,7 +247,7 @@ class AsyncClient:
             )
         self._is_checked = True
 
-    def in_background(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    def _in_background(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """A task that outlives its caller, until the client is closed."""
         task = asyncio.create_task(coroutine)
         self._background.add(task)

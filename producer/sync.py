@@ -10,8 +10,9 @@ from typing import Any, Self, TypeVar
 
 from tokenfleet.producer.aio import AsyncClient, AsyncJob, AsyncStream, piece_of
 from tokenfleet.producer.overview import Overview
+from tokenfleet.wire.chat import ChatRequest, ScoreRequest
 from tokenfleet.wire.events import AnyEvent
-from tokenfleet.wire.jobs import JobStatus, ServedModel, State
+from tokenfleet.wire.jobs import JobOptions, JobStatus, ServedModel, State
 from tokenfleet.wire.requests import Messages
 from tokenfleet.wire.results import ChatResult
 
@@ -152,6 +153,13 @@ class Client:
     def submit(self, messages: Messages = (), *, job_id: str | None = None, **named: Any) -> Job:
         """Queue a chat and return at once; see `AsyncClient.submit`."""
         return Job(self.thread, self.thread.run(self.aio.submit(messages, job_id=job_id, **named)))
+
+    def submit_request(
+        self, request: ChatRequest | ScoreRequest, options: JobOptions, *, model: str | None, job_id: str | None = None
+    ) -> Job:
+        """`submit`, for a request that is built already."""
+        made = self.aio.submit_request(request, options, model=model, job_id=job_id)
+        return Job(self.thread, self.thread.run(made))
 
     def submit_scores(self, texts: Sequence[str], *, job_id: str | None = None, **named: Any) -> Job:
         """Queue texts to be scored by a reward model."""
