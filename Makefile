@@ -69,8 +69,8 @@ gpu-test: $(READY) ## the engines' suite on this machine's GPU
 	$(PY) -m pytest tests/gpu -m gpu $(PYTEST_ARGS)
 
 lock: $(READY) ## write the installed versions to deploy/constraints/lock.txt
-	@{ sed -n '/^#/p' $(LOCK); $(PY) -m pip freeze --exclude-editable --exclude pip --exclude setuptools --exclude wheel --exclude py-spy \
-	  | sed 's/+cpu$$//'; } > $(LOCK).new && mv $(LOCK).new $(LOCK) && touch $(READY)
+	$(PY) deploy/constraints/lock.py > $(LOCK).new
+	mv $(LOCK).new $(LOCK) && touch $(READY)
 
 clean: ## remove build leftovers and caches, not .venv
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.*

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -12,18 +13,18 @@ import tarfile
 import tomllib
 import venv
 import zipfile
-from collections.abc import Iterator
-from importlib.metadata import Distribution, distribution, packages_distributions
+from importlib.metadata import packages_distributions
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("wire", "engines", "workers", "producer")
 SOURCES = ("tokenfleet", *FOLDERS, "celeryconfig.py", "pyproject.toml", "LICENSE", "README.md")
+LOCK = SimpleNamespace(**runpy.run_path(str(ROOT / "deploy" / "constraints" / "lock.py")))
 HEAVY = {"torch", "transformers", "vllm", "sglang", "peft", "accelerate", "gguf", "tokenizers", "safetensors", "numpy"}
 
 
@@ -86,35 +87,11 @@ def test_the_sdist_holds_files_not_links_and_gives_the_same_wheel(built: Path) -
     assert direct == of_sdist
 
 
-def requirements(dist: Distribution, extras: frozenset[str]) -> Iterator[Requirement]:
-    for text in dist.requires or ():
-        requirement = Requirement(text)
-        marker: Marker | None = requirement.marker
-        if marker is None or any(marker.evaluate({"extra": extra}) for extra in (extras or {""})):
-            yield requirement
-
-
-def closure(extras: frozenset[str]) -> dict[str, Distribution]:
-    """Every distribution that ``tokenfleet[extras]`` needs here, by canonical name; tokenfleet itself not included."""
-    found: dict[str, Distribution] = {}
-    seen: set[tuple[str, frozenset[str]]] = set()
-    todo = [("tokenfleet", extras)]
-    while todo:
-        if (key := todo.pop()) in seen:
-            continue
-        seen.add(key)
-        dist = distribution(key[0])
-        found[key[0]] = dist
-        todo += [(canonicalize_name(needed.name), frozenset(needed.extras)) for needed in requirements(dist, key[1])]
-    del found["tokenfleet"]
-    return found
-
-
 @pytest.fixture(scope="module")
 def core_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for ``sys.path`` with core's dependencies and nothing else of this environment."""
     folder = tmp_path_factory.mktemp("core")
-    for dist in closure(frozenset()).values():
+    for dist in LOCK.closure().values():
         for name in {file.parts[0] for file in dist.files or () if file.parts[0] not in ("..", "__pycache__")}:
             if not (folder / name).exists():
                 (folder / name).symlink_to(Path(str(dist.locate_file(name))))
@@ -245,21 +222,11 @@ def test_what_a_folder_imports_is_declared(folder: str) -> None:
         assert names & allowed, f"{file} imports {module}, which is not a dependency of {sorted(ALLOWED[folder])}"
 
 
-def test_every_installed_dependency_has_the_locked_version() -> None:
-    lock = {}
-    for line in (ROOT / "deploy" / "constraints" / "lock.txt").read_text().splitlines():
-        if line and not line.startswith("#"):
-            name, version = line.split("==")
-            lock[canonicalize_name(name)] = version
-    needed = closure(frozenset({"all", "dev"}))
-    needed.pop("setuptools", None)
-    assert len(needed) > 60
+def test_the_lock_is_what_is_installed_and_fits_together() -> None:
+    lines = (ROOT / "deploy" / "constraints" / "lock.txt").read_text().splitlines()
+    assert [line for line in lines if not line.startswith("#")] == LOCK.pins("all", "dev"), "run `make lock`"
+    needed = LOCK.closure("all", "dev")
     for name, dist in needed.items():
-        assert lock.get(name) == dist.version.split("+")[0], (
-            f"{name} {dist.version}: locked {lock.get(name)}; make lock"
-        )
-    for name, dist in needed.items():
-        for requirement in requirements(dist, frozenset()):
-            other = needed.get(canonicalize_name(requirement.name))
-            if other is not None:
-                assert requirement.specifier.contains(other.version, prereleases=True), f"{name} wants {requirement}"
+        for requirement in LOCK.requirements(dist, frozenset()):
+            other = needed[canonicalize_name(requirement.name)]
+            assert requirement.specifier.contains(other.version, prereleases=True), f"{name} wants {requirement}"
