@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -36,3 +37,8 @@ class Record:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
+
+
+def read_record(path: str | Path) -> list[dict[str, Any]]:
+    """All lines, in the order they were written."""
+    return [msgspec.json.decode(line) for line in Path(path).read_bytes().splitlines()]

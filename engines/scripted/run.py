@@ -79,12 +79,12 @@ class Run:
         forced = self._forced(index)
         if forced is not None:
             token_id = forced
-            if self._salted is not None:
-                self._salted.feed(token_id)
         elif self._salted is not None:
-            token_id = self._salted.next()
+            token_id = self._salted.peek()
         else:
             token_id = self._sampler.choose(index, self._barred if index < params.min_tokens else _NOTHING)
+        if self._salted is not None:
+            self._salted.feed(token_id)
         self._sampler.count(token_id)
         if params.logprobs:
             self._logprobs.append(self._sampler.logprob(index, token_id, forced, params.top_logprobs))

@@ -34,8 +34,17 @@ class SaltedText:
     def feed(self, token_id: int) -> None:
         self._state = mix(self._state ^ token_id)
 
-    def next(self) -> int:
-        """The id at this place, and feed it."""
-        token_id = self._base + (mix(self._state ^ self._salt) & (len(SALTED_WORDS) - 1))
-        self.feed(token_id)
-        return token_id
+    def peek(self) -> int:
+        """The id at this place."""
+        return self._base + (mix(self._state ^ self._salt) & (len(SALTED_WORDS) - 1))
+
+
+def salts_by_token(prompt_ids: Sequence[int], ids: Sequence[int], salts: Iterable[int]) -> list[int | None]:
+    """Which of ``salts`` made each token out of exactly the ids before it; None where none of them did."""
+    texts = {salt: SaltedText(prompt_ids, (), salt) for salt in salts}
+    makers: list[int | None] = []
+    for token_id in ids:
+        makers.append(next((salt for salt, text in texts.items() if text.peek() == token_id), None))
+        for text in texts.values():
+            text.feed(token_id)
+    return makers
