@@ -35,6 +35,21 @@ _NEVER_NEEDED = ("*.h5", "*.msgpack", "*.onnx", "*.ot", "*.tflite", "*.mlmodel",
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _CONVERSION_LIMIT_S = 3600
 
+OnStep = Callable[[str, float | None], None]
+_listeners: list[OnStep] = []
+
+
+def listen(on_step: OnStep) -> None:
+    """From now on ``on_step`` gets each step of any `resolve` in this process, and its share done (0 to 1) if known.
+
+    Whoever waits for the model is mostly in another process: a worker passes the steps on to its supervisor."""
+    _listeners.append(on_step)
+
+
+def _tell(step: str, share: float | None = None) -> None:
+    for on_step in _listeners:
+        on_step(step, share)
+
 
 def resolve(
     model: str,
@@ -88,6 +103,7 @@ def _snapshot(hub_id: str, revision: str | None, allow_pickle: bool) -> Path:
             f"Fetching {hub_id!r} needs the package huggingface_hub.", hint='pip install "tokenfleet[hf]"'
         ) from error
     unwanted = [*_NEVER_NEEDED, *(() if allow_pickle else _PICKLES)]
+    _tell(f"fetching {hub_id}")
     try:
         folder = Path(snapshot_download(hub_id, revision=revision, ignore_patterns=unwanted))
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
@@ -147,6 +163,7 @@ def _made_once(folder: Path, make: Callable[[Path], None], console: Console) -> 
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        _tell(f"waiting for another process to prepare {folder.name}")
         console.print(f"Waiting for another process to prepare {folder.name} …")
         lock.acquire(timeout=_CONVERSION_LIMIT_S)
     try:
@@ -161,6 +178,7 @@ def _made_once(folder: Path, make: Callable[[Path], None], console: Console) -> 
             shutil.rmtree(temporary, ignore_errors=True)
     finally:
         lock.release()
+    _tell(f"loading {folder.name}")
     console.print(f"The model {folder.name} is ready.")
     return folder
 
@@ -211,6 +229,7 @@ def _convert(gguf: Path, target: Path, console: Console) -> None:
     In a child process: it needs torch and, for a while, the whole model in float32, which the caller shouldn't keep."""
     path = os.pathsep.join(entry for entry in sys.path if entry)
     command = [sys.executable, "-m", "tokenfleet.engines.gguf_conversion", str(gguf), str(target)]
+    _tell("converting the model to safetensors (once, about a minute)")
     with console.status(f"Converting {gguf.name} to safetensors (once, about a minute) …"):
         if not console.is_terminal:
             console.print("Converting to safetensors (once, about a minute) …")
@@ -239,4 +258,14 @@ def _bar(console: Console, label: str) -> Iterator[Callable[[int, int], None]]:
         if not console.is_terminal:
             console.print(f"{label} …")
         task = progress.add_task(label, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+        told = -1
+
+        def advance(done_bytes: int, total_bytes: int) -> None:
+            nonlocal told
+            progress.update(task, completed=done_bytes, total=total_bytes)
+            percent = 100 * done_bytes // max(total_bytes, 1)
+            if percent != told:
+                told = percent
+                _tell(label.lower(), percent / 100)
+
+        yield advance

@@ -15,6 +15,7 @@ from celery.signals import task_revoked, worker_shutting_down
 from kombu.exceptions import KombuError
 from redis.exceptions import RedisError
 
+from tokenfleet.engines import models
 from tokenfleet.wire import urls
 from tokenfleet.wire.errors import ConfigurationError, TokenfleetError
 from tokenfleet.workers.links import send_links
@@ -49,6 +50,7 @@ async def _lifespan() -> AsyncIterator[None]:
             "This worker does not know which model to serve.", hint="Set TOKENFLEET_MODEL (docs/settings.md)."
         )
     report_state("loading", detail=f"loading {settings.model}")
+    models.listen(lambda step, share: report_state("loading", detail=step, progress=share))
     _running = Runtime(
         settings,
         Served(settings),
