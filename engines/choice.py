@@ -47,10 +47,13 @@ class ChoiceText:
         *,
         eos_ids: frozenset[int] = frozenset(),
         stop: Sequence[str] = (),
+        visible_ids: frozenset[int] = frozenset(),
     ) -> None:
         self._choice = choice
         self._tokenizer = tokenizer
-        self._stream = tokenizer.decode_stream(skip_special_tokens=params.skip_special_tokens)
+        self._stream = tokenizer.decode_stream(
+            skip_special_tokens=params.skip_special_tokens, visible_ids=visible_ids
+        )
         self._matcher = StopMatcher((*params.stop, *stop))
         self._has_stops = bool(params.stop or stop)
         self._armed_at = params.min_tokens

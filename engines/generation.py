@@ -42,6 +42,8 @@ class GenerationJob:
     """Per choice, delivered ones included: `resolve_max_new_tokens`."""
     eos_ids: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
+    visible_ids: frozenset[int] = frozenset()
+    """Special tokens whose text stays: those that the answer's parser looks for."""
     adapter: str | None = None
     media: tuple[Media, ...] = ()
     prompt_text: str | None = None
@@ -120,7 +122,10 @@ async def generate_deltas(
         delivered = job.delivered.get(choice)
         if delivered is not None and delivered.is_finished:
             continue
-        text = ChoiceText(choice, tokenizer, job.params, job.max_new_tokens, eos_ids=job.eos_ids, stop=job.stop)
+        text = ChoiceText(
+            choice, tokenizer, job.params, job.max_new_tokens,
+            eos_ids=job.eos_ids, stop=job.stop, visible_ids=job.visible_ids,
+        )  # fmt: skip
         ended = text.resume(delivered) if delivered is not None else None
         if ended is not None:
             yield ended

@@ -66,10 +66,15 @@ class HFTokenizer:
             return self._backend.id_to_token(token_id) or ""
         return str(self.inner.convert_ids_to_tokens(token_id) or "")
 
-    def decode_stream(self, *, skip_special_tokens: bool = True) -> TextStream:
+    def decode_stream(
+        self, *, skip_special_tokens: bool = True, visible_ids: frozenset[int] = frozenset()
+    ) -> TextStream:
+        skipped = self._special - visible_ids if skip_special_tokens else frozenset[int]()
         if self._bytes is not None:
-            return self._bytes.stream(self._special if skip_special_tokens else frozenset())
-        return WindowStream(lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens))
+            return self._bytes.stream(skipped)
+        if not visible_ids:
+            return WindowStream(lambda ids: self.decode(ids, skip_special_tokens=skip_special_tokens))
+        return WindowStream(lambda ids: self.decode([i for i in ids if i not in skipped], skip_special_tokens=False))
 
     def _is_exact(self, tokens: _TokenBytes) -> bool:
         """Whether our reading of the decoder holds: the stream must say what the library says, on random ids."""

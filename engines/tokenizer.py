@@ -43,4 +43,8 @@ class Tokenizer(Protocol):
         """One token for logprobs. Bytes that are no whole character read ``bytes:\\xf0\\x9f``, as OpenAI's do."""
         ...
 
-    def decode_stream(self, *, skip_special_tokens: bool = True) -> TextStream: ...
+    def decode_stream(
+        self, *, skip_special_tokens: bool = True, visible_ids: frozenset[int] = frozenset()
+    ) -> TextStream:
+        """``visible_ids`` are special tokens whose text stays all the same: the marks of a tool call."""
+        ...

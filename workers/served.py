@@ -104,6 +104,7 @@ class Served:
             max_new_tokens=resolve_max_new_tokens(request.params, len(ids), info.context_tokens),
             eos_ids=self.loaded.tokenizer.eos_ids | info.eos_ids | frozenset(prompt.stop_token_ids),
             stop=prompt.stop_strings,
+            visible_ids=frozenset(prompt.visible_ids),
             adapter=request.adapter,
             prompt_text=prompt.text,
             delivered={

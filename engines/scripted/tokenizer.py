@@ -74,8 +74,10 @@ class ScriptedTokenizer:
     def token_text(self, token_id: int) -> str:
         return token_text(_TABLE[token_id])
 
-    def decode_stream(self, *, skip_special_tokens: bool = True) -> ByteStream:
-        return ByteStream(_TABLE, skipped=_SPECIAL_IDS if skip_special_tokens else frozenset())
+    def decode_stream(
+        self, *, skip_special_tokens: bool = True, visible_ids: frozenset[int] = frozenset()
+    ) -> ByteStream:
+        return ByteStream(_TABLE, skipped=_SPECIAL_IDS - visible_ids if skip_special_tokens else frozenset())
 
     def render_chat(self, messages: Iterable[Message], *, system: str | None = None) -> list[int]:
         """Each message as role token, text, end token; then the assistant's turn is open."""

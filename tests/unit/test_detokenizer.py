@@ -174,3 +174,17 @@ def test_the_small_real_model():
     for _ in range(300):
         ids = [draw.randrange(tokenizer.vocab_size) for _ in range(20)]
         assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_that_a_parser_looks_for_stay_visible(kind):
+    """A tool call's marks are special tokens in many models: without them its parser would find nothing."""
+    tokenizer = HFTokenizer(KINDS[kind]())
+    special = sorted(tokenizer._special)
+    if len(special) < 2:
+        pytest.skip("this kind has no two special tokens")
+    seen, hidden = special[:2]
+    ids = [*tokenizer.encode("one"), hidden, seen, *tokenizer.encode("two")]
+    text = "".join(pieces(tokenizer, ids, visible_ids=frozenset({seen})))
+    assert tokenizer.inner.id_to_token(seen) in text
+    assert tokenizer.inner.id_to_token(hidden) not in text
