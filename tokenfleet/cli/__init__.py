@@ -24,7 +24,7 @@ import click
 
 import tokenfleet
 from tokenfleet.cli.lazy import LazyGroup
-from tokenfleet.cli.output import print_error
+from tokenfleet.cli.output import ReaderLeft, print_error
 from tokenfleet.wire.errors import CallerError, ConfigurationError, FleetUnavailable, Overloaded, TokenfleetError
 
 FAILED, WRONG_USE, NOT_NOW, INTERRUPTED, PIPE_CLOSED = 1, 2, 3, 130, 141
@@ -41,6 +41,8 @@ COMMANDS = {
     "status": "Tell how the fleet, or one job, is doing.",
     "cancel": "End a job, queued or running.",
     "models": "List the served models.",
+    "serve": "Serve OpenAI's API on a fleet.",
+    "keys": "Make, list and revoke the gateway's API keys.",
 }
 
 
@@ -84,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print_error(error.code, error.message, error.hint)
         return exit_status(error)
-    except BrokenPipeError:
+    except ReaderLeft:
         # Python would complain once more when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED

@@ -134,13 +134,14 @@ class Chat:
             was_stopped = self._runner.run(self._answer(pieces))
         except TokenfleetError as error:
             self._messages.pop()
-            if pieces:
+            if pieces and not pieces[-1].endswith("\n"):
                 write("\n")
             if not self._is_interactive:
                 raise
             print_error(error.code, error.message, error.hint)
             return
-        write("\n")
+        if not pieces or not pieces[-1].endswith("\n"):
+            write("\n")
         if pieces:
             self._messages.append({"role": "assistant", "content": "".join(pieces)})
         else:

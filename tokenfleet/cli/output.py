@@ -12,9 +12,15 @@ from typing import IO, Any
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
+class ReaderLeft(Exception):  # not an OSError: click answers a broken pipe with status 1
+    """Nobody reads our stdout any more."""
+
+
 def print_error(code: str, message: str, hint: str = "") -> None:
     """One line, however many the message has."""
-    text = " ".join(f"{message} {hint}".split())
+    text = " ".join(message.split())
+    if hint:
+        text += f"{'' if text.endswith(('.', '!', '?', ':')) else '.'} {' '.join(hint.split())}"
     print(f"error [{code}]: {for_stream(text, sys.stderr)}", file=sys.stderr, flush=True)
 
 
@@ -24,9 +30,12 @@ def note(text: str) -> None:
 
 
 def write(text: str) -> None:
-    """A piece of a result, at once."""
-    sys.stdout.write(for_stream(text, sys.stdout))
-    sys.stdout.flush()
+    """A piece of a result, at once. Raises `ReaderLeft`."""
+    try:
+        sys.stdout.write(for_stream(text, sys.stdout))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise ReaderLeft from None
 
 
 def write_json(value: Any) -> None:

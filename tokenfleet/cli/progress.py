@@ -43,6 +43,6 @@ def progress() -> Iterator[Callable[[FleetState], None]]:
 
 
 def _step(state: FleetState) -> str:
-    if state.state in ("ready", "failed"):  # whoever waits tells these
-        return ""
+    if state.state in ("ready", "failed") or any(worker.error for worker in state.workers):
+        return ""  # whoever waits tells these
     return state.detail or state.state

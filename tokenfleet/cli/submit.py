@@ -69,7 +69,10 @@ def _content(prompt: str | None, messages: str | None) -> Any:
         raise click.UsageError("Give PROMPT (- for stdin) or --messages FILE.")
     if messages is not None:
         return _read_json("messages", messages)
-    return sys.stdin.read() if prompt == "-" else prompt
+    text = sys.stdin.read() if prompt == "-" else prompt or ""
+    if not text.strip():
+        raise InvalidRequest("The prompt is empty.", param="messages")
+    return text
 
 
 def _read_json(name: str, file: str) -> Any:

@@ -46,6 +46,6 @@ def command(ctx: click.Context, /, config: tuple[str, ...], wait: bool, idle_sto
         state = fleet.state()
         serves = f" and serves {', '.join(fleet.models)}" if fleet.models else ""
         was_running = before is not None and state is not None and before.pid == state.pid
-        word = "was running" if was_running else state.state if state else "gone"
+        word = "was running" if was_running else f"is {state.state if state else 'gone'}"
         note(f"Local fleet {fleet.name!r} {word}{serves}.")
     say_how_long(args.fleet)

@@ -1,0 +1,434 @@
+"""The command line, as processes: on a fleet with the scripted engine, on local fleets, at a terminal and in pipes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fleets import ROOT, Fleet, wait_until
+from tests.integration.terminal import CTRL_C, CTRL_D, terminal
+from tests.servers import RedisServer
+from tokenfleet.cli import main
+
+TOKENFLEET = (sys.executable, "-m", "tokenfleet")
+SCRIPTED = ("--infer_backend", "scripted", "--engine_args", "{token_ms: 5}")
+_OURS = ("TOKENFLEET_", "XDG_")
+
+
+def environment(**more: str) -> dict[str, str]:
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(_OURS)}
+    return {**plain, "PYTHONPATH": str(ROOT), **more}
+
+
+class Shell:
+    """Runs tokenfleet with one environment."""
+
+    def __init__(self, **env: str) -> None:
+        self.env = environment(**env)
+
+    def __call__(self, *words: str, stdin: str = "", status: int = 0, timeout_s: float = 90.0) -> str:
+        """Its stdout; fails unless it exits with ``status``."""
+        return self.run(*words, stdin=stdin, status=status, timeout_s=timeout_s).stdout
+
+    def run(
+        self, *words: str, stdin: str = "", status: int = 0, timeout_s: float = 90.0
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [*TOKENFLEET, *words], input=stdin, env=self.env, capture_output=True, text=True, timeout=timeout_s
+        )
+        assert done.returncode == status, f"{words}: status {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def error(self, *words: str, stdin: str = "", status: int = 2) -> str:
+        """Its error: one line, no result, no traceback."""
+        done = self.run(*words, stdin=stdin, status=status)
+        assert done.stdout == ""
+        line = done.stderr.splitlines()[-1]
+        assert line.startswith("error [")
+        assert "Traceback" not in done.stderr
+        return line
+
+
+@pytest.fixture
+def shell(served: Fleet) -> Shell:
+    return Shell(TOKENFLEET_REDIS_URL=served.redis.url, TOKENFLEET_FLEET=served.redis.fleet)
+
+
+@pytest.fixture
+def local_shell() -> Iterator[Shell]:
+    """No Redis URL: local fleets, in folders of the test's own."""
+    with tempfile.TemporaryDirectory(prefix="tf-") as folder:
+        for name in ("run", "state"):
+            Path(folder, name).mkdir()
+        # The cache is the user's own: it may hold the small model.
+        shell = Shell(XDG_RUNTIME_DIR=f"{folder}/run", XDG_STATE_HOME=f"{folder}/state")
+        yield shell
+        shell("down")
+
+
+# ---- jobs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_submitted_prompt_is_watched_to_its_end_by_id_alone(shell: Shell) -> None:
+    job_id = shell("submit", '[[say: "Good morning."]]').strip()
+    assert shell("watch", job_id) == "Good morning.\n"
+
+
+def test_a_prompt_may_come_through_a_pipe_and_messages_from_a_file(shell: Shell, tmp_path: Path) -> None:
+    piped = shell("submit", "-", stdin='[[say: "from a pipe"]]\n').strip()
+    file = tmp_path / "messages.json"
+    file.write_text(json.dumps([{"role": "user", "content": '[[say: "from a file"]]'}]))
+    filed = json.loads(shell("submit", "--messages", str(file), "--json"))["id"]
+    assert shell("watch", piped) == "from a pipe\n"
+    assert shell("watch", filed) == "from a file\n"
+
+
+def test_watching_goes_on_after_any_event_without_gap_or_repeat(shell: Shell) -> None:
+    job_id = shell("submit", "--max_new_tokens", "40", "--temperature", "0", "a long story").strip()
+    events = [json.loads(line) for line in shell("watch", "--json", job_id).splitlines()]
+    assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
+    assert events[0]["type"] == "queued"
+    assert events[-1]["type"] == "finished"
+    again = [json.loads(line) for line in shell("watch", "--json", "--from", "3", job_id).splitlines()]
+    assert again == events[3:]
+    text = "".join(event["text"] for event in events if event["type"] == "delta")
+    assert shell("watch", job_id).removesuffix("\n") == text.removesuffix("\n")
+
+
+def test_status_tells_of_a_job_and_its_timeline(shell: Shell) -> None:
+    job_id = shell("submit", "--max-tokens", "5", "--tag", "team=blue", "--priority", "batch", "hello").strip()
+    shell("watch", job_id)
+    told = json.loads(shell("status", "--json", job_id))
+    assert (told["state"], told["completion_tokens"], told["attempts"]) == ("finished", 5, 1)
+    assert (told["tags"], told["priority"]) == ({"team": "blue"}, "batch")
+    assert 0 <= told["queue_wait_s"] <= told["ttft_s"] <= told["total_s"]
+    plain = shell("status", job_id)
+    assert re.search(r"^state +finished$", plain, re.MULTILINE)
+    assert re.search(r"^tags +team=blue$", plain, re.MULTILINE)
+
+
+def test_a_running_job_is_cancelled_and_its_watcher_told_why(shell: Shell) -> None:
+    job_id = shell("submit", "--max_new_tokens", "30000", "a very long story").strip()
+    wait_until(lambda: json.loads(shell("status", "--json", job_id))["completion_tokens"] > 0, 30, "tokens")
+    assert shell("cancel", "--reason", "enough of it", job_id) == "cancelled\n"
+    assert shell("cancel", job_id) == "cancelled\n"
+    done = shell.run("watch", job_id, status=1)
+    assert done.stdout
+    assert done.stderr.splitlines()[-1] == "error [cancelled]: The job was cancelled: enough of it."
+
+
+def test_cancelling_an_ended_job_tells_how_it_ended(shell: Shell) -> None:
+    job_id = shell("submit", '[[say: "x"]]').strip()
+    shell("watch", job_id)
+    assert shell("cancel", job_id) == "finished\n"
+
+
+def test_a_job_that_fails_keeps_its_text_and_gives_status_1(shell: Shell) -> None:
+    job_id = shell("submit", "--max_new_tokens", "20", "[[fault: raise at 5]]").strip()
+    done = shell.run("watch", job_id, status=1)
+    assert done.stdout.strip()
+    assert done.stderr.startswith("error [engine_error]: ")
+    assert '"type": "failed"' in shell("watch", "--json", job_id, status=1).splitlines()[-1]
+
+
+def test_the_same_id_is_the_same_job_and_another_body_is_refused(shell: Shell) -> None:
+    job_id = "0b5f2c1e-9f1d-4b7a-8a51-0c2b3d4e5f60"
+    assert shell("submit", "--job-id", job_id, "--max_tokens", "3", "same").strip() == job_id
+    assert shell("submit", "--job-id", job_id, "--max_tokens", "3", "same").strip() == job_id
+    assert shell.error("submit", "--job-id", job_id, "--max_tokens", "3", "other").startswith("error [job_conflict]")
+
+
+def test_a_reader_that_leaves_the_pipe_ends_the_watching_quietly(shell: Shell) -> None:
+    job_id = shell("submit", "--max_new_tokens", "20000", "a story").strip()
+    watching = subprocess.Popen(
+        [*TOKENFLEET, "watch", "--json", job_id], env=shell.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    with watching:
+        assert watching.stdout is not None
+        assert watching.stderr is not None
+        assert watching.stdout.readline()
+        watching.stdout.close()
+        assert watching.stderr.read() == b""
+    assert watching.returncode == 141
+    shell("cancel", job_id)
+
+
+def test_interrupting_a_watcher_leaves_the_job_alone(shell: Shell) -> None:
+    job_id = shell("submit", "--max_new_tokens", "400", "a story").strip()
+    with terminal(*TOKENFLEET, "watch", "--json", job_id, env=shell.env) as screen:
+        screen.expect('"delta"')
+        screen.type(CTRL_C)
+        assert screen.wait() == 130
+        assert "Traceback" not in screen.shown
+    assert json.loads(shell("watch", "--json", job_id).splitlines()[-1])["type"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("watch", "0b5f2c1e-0000-4b7a-8a51-0c2b3d4e5f60"), "unknown_job"),
+        (("status", "../../etc/passwd"), "unknown_job"),
+        (("cancel", "x"), "unknown_job"),
+        (("submit", "--model", "gpt-9", "hi"), "unknown_model"),
+        (("submit", "--temperature", "nan", "hi"), "invalid_request"),
+        (("submit", "--temperature", "hot", "hi"), "invalid_request"),
+        (("submit", "--tags", "x", "hi"), "usage"),
+        (("submit", "--tag", "x", "hi"), "usage"),
+        (("submit",), "usage"),
+        (("submit", "--messages", "/nowhere.json"), "invalid_request"),
+        (("submit", ""), "invalid_request"),
+        (("chat", "--template", "qwen"), "configuration_error"),
+        (("watch", "--from", "-1", "x"), "usage"),
+    ],
+)
+def test_what_is_asked_for_wrongly_is_refused_in_one_line(
+    served: Fleet,
+    words: tuple[str, ...],
+    code: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TOKENFLEET_REDIS_URL", served.redis.url)
+    monkeypatch.setenv("TOKENFLEET_FLEET", served.redis.fleet)
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error [{code}]: ")
+    assert len(err.splitlines()) == 1
+
+
+# ---- fleets ----------------------------------------------------------------------------------------------------------
+
+
+def test_status_and_models_tell_of_the_fleet_and_never_its_password(shell: Shell, served: Fleet) -> None:
+    told = json.loads(shell("status", "--json"))
+    assert told["ready"] is True
+    assert [(m["model"]["name"], m["workers"], m["waiting"]) for m in told["models"]] == [("scripted", 1, 0)]
+    assert [worker["pid"] for worker in told["workers"]] == [served.workers[0].pid]
+    plain = shell("status") + shell("models")
+    assert re.search(r"^scripted +scripted ", plain, re.MULTILINE)
+    password = re.search(r":([^:@]+)@", served.redis.url)
+    assert password is not None
+    assert password[1] not in plain + json.dumps(told)
+    assert shell("status", "--url").strip() == served.redis.url
+    assert shell("status", "--ready", "--here", "--model", "scripted") == "ready\n"
+    assert shell.error("status", "--ready", "--model", "other", status=3).startswith("error [no_worker]")
+    assert [model["name"] for model in json.loads(shell("models", "--json"))] == ["scripted"]
+
+
+def test_without_a_fleet_every_command_says_how_to_get_one(local_shell: Shell) -> None:
+    for words in (("status",), ("models",), ("submit", "x"), ("watch", "x"), ("cancel", "x"), ("worker",)):
+        line = local_shell.error(*words, status=3)
+        assert line.startswith("error [no_fleet]: ")
+        assert "tokenfleet up" in line
+    assert "was running" in local_shell.run("down").stderr
+
+
+def test_an_unreachable_redis_is_one_line_and_status_3() -> None:
+    away = Shell(TOKENFLEET_REDIS_URL="redis://:secret@127.0.0.1:1/0")
+    for words in (("status",), ("submit", "x"), ("chat",)):
+        line = away.error(*words, stdin="hi\n", status=3)
+        assert line.startswith("error [redis_unavailable]: ")
+        assert "secret" not in line
+    assert away.error("status", "--redis-url", "http://x").startswith("error [configuration_error]: ")
+
+
+def test_a_worker_in_the_foreground_serves_until_it_is_told_to_end(redis_server: RedisServer) -> None:
+    shell = Shell(TOKENFLEET_REDIS_URL=redis_server.url, TOKENFLEET_FLEET=redis_server.fleet)
+    assert shell.error("status", "--ready", status=3).startswith("error [no_worker]")
+    assert json.loads(shell("status", "--json", status=3))["ready"] is False
+    reader, lifeline = os.pipe()
+    words = (
+        "worker",
+        *SCRIPTED,
+        "--model",
+        "mine",
+        "--slots",
+        "7",
+        "--",
+        "--hostname",
+        "cli@%h",
+        "--loglevel",
+        "ERROR",
+    )
+    worker = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "die_with_parent.py"), str(reader), *TOKENFLEET, *words],
+        env=shell.env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=[reader],
+        start_new_session=True,
+    )
+    os.close(reader)
+    try:
+        wait_until(lambda: json.loads(run_any(shell, "status", "--json"))["ready"], 60, "a ready worker")
+        (told,) = json.loads(shell("status", "--json"))["workers"]
+        assert (told["model"], told["slots"], told["pid"]) == ("mine", 7, worker.pid)
+        job_id = shell("submit", '[[say: "served"]]').strip()
+        assert shell("watch", job_id) == "served\n"
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(60) == 0
+    finally:
+        os.close(lifeline)
+        worker.wait(30)
+
+
+def run_any(shell: Shell, *words: str) -> str:
+    return subprocess.run([*TOKENFLEET, *words], env=shell.env, capture_output=True, text=True, timeout=60).stdout
+
+
+def test_a_local_fleet_goes_up_serves_and_goes_down(local_shell: Shell) -> None:
+    up = local_shell.run("up", *SCRIPTED, "--idle-stop", "120")
+    assert up.stdout == ""
+    assert "is ready and serves scripted" in up.stderr
+    again = local_shell.run("up", *SCRIPTED)
+    assert "was running and serves scripted" in again.stderr
+    assert "2 minutes" in again.stderr
+    told = json.loads(local_shell("status", "--json"))
+    assert told["local"]["state"] == "ready"
+    other = local_shell.error("up", *SCRIPTED, "--slots", "3")
+    assert other.startswith("error [configuration_error]: ")
+    assert "tokenfleet down" in other
+    url = local_shell("status", "--url").strip()
+    assert url.startswith("unix://")
+    job_id = local_shell("submit", '[[say: "local"]]').strip()
+    elsewhere = Shell(TOKENFLEET_REDIS_URL=url)
+    assert elsewhere("watch", job_id) == "local\n"
+    assert local_shell("chat", stdin='[[say: "hello there"]]\n') == "hello there\n"
+    assert "stopped" in local_shell.run("down").stderr
+    assert local_shell.error("status", status=3).startswith("error [no_fleet]")
+
+
+def test_chat_starts_the_local_fleet_that_its_file_describes(local_shell: Shell, tmp_path: Path) -> None:
+    config = tmp_path / "chat.yaml"
+    config.write_text("infer_backend: scripted\nengine_args: {token_ms: 1}\nmax_new_tokens: 3\ntemperature: 0\n")
+    text = local_shell("chat", str(config), "engine_args.context_tokens=4096", "--max-new-tokens", "4", stdin="hi\n")
+    assert text.strip()
+    (worker,) = json.loads(local_shell("status", "--json"))["workers"]
+    assert worker["engine"] == "scripted"
+    local_shell("chat", str(config), "engine_args.context_tokens=4096", stdin="")
+    line = local_shell.error("chat", str(config), "engine_args.context_tokens=2048")
+    assert line.startswith("error [configuration_error]: ")
+    assert local_shell.error("chat", "--model", "other", stdin="hi\n").startswith("error [unknown_model]")
+
+
+def test_a_model_that_cannot_be_loaded_is_told_and_its_fleet_makes_room(local_shell: Shell) -> None:
+    line = local_shell.error("up", "--infer_backend", "scripted", "--engine_args", "{tokn_ms: 1}")
+    assert line.startswith("error [configuration_error]: ")
+    assert "tokn_ms" in line
+    for words in (("status",), ("submit", "x")):
+        assert local_shell.error(*words, status=3).startswith("error [fleet_failed]: ")
+    assert "is ready and serves scripted" in local_shell.run("up", *SCRIPTED).stderr
+
+
+# ---- chat ------------------------------------------------------------------------------------------------------------
+
+
+def test_piped_lines_are_turns_of_one_conversation_until_it_is_cleared(shell: Shell) -> None:
+    # The scripted engine obeys the last [[say]] in the prompt: what it says without one shows what it was sent.
+    lines = '[[say: "one"]]\nagain\nclear\n\nagain\nexit\nnever asked\n'
+    done = shell.run("chat", "--max_new_tokens", "4", "--temperature", "0", stdin=lines)
+    first, second, third = done.stdout.splitlines()[:3]
+    assert (first, second) == ("one", "one")
+    assert third != "one"
+    assert "never asked" not in done.stdout
+    assert "User:" not in done.stdout + done.stderr
+
+
+def test_a_failed_turn_ends_a_piped_chat_with_its_error(shell: Shell) -> None:
+    done = shell.run("chat", "--max_new_tokens", "9", stdin="[[fault: raise at 2]]\nhello\n", status=1)
+    assert done.stderr.splitlines()[-1].startswith("error [engine_error]: ")
+    assert done.stdout.endswith("\n")
+    assert 1 <= len(done.stdout.split()) <= 2  # two tokens of the first answer, none of a second
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(shell: Shell, served: Fleet) -> None:
+    client = served.client()
+    with terminal(*TOKENFLEET, "chat", "--max_new_tokens", "30000", env=shell.env) as screen:
+        screen.expect("User: ")
+        screen.type("tell me everything\r")
+        screen.expect(r"Assistant: .{20}")
+        wait_until(lambda: client.overview().models[0].running == 1, 10, "the worker to say that it runs one")
+        screen.type(CTRL_C)
+        screen.expect(r"\(stopped\)")
+        wait_until(lambda: client.overview().models[0].running == 0, 10, "the engine's slot to be free")
+        screen.expect("User: ")
+        screen.type('[[say: "still here"]]\r')
+        screen.expect("Assistant: still here")
+        screen.expect("User: ")
+        screen.type("half a lin" + CTRL_C)
+        screen.expect("Ctrl-D quits")
+        screen.type("clear\r")
+        screen.expect("history is cleared")
+        screen.type("exit\r")
+        assert screen.wait() == 0
+        assert "Traceback" not in screen.shown
+
+
+def test_a_chat_at_the_terminal_survives_errors_and_shows_no_control_characters(shell: Shell) -> None:
+    with terminal(*TOKENFLEET, "chat", "--max_new_tokens", "40", env=shell.env) as screen:
+        screen.expect("User: ")
+        screen.type("[[fault: raise at 2]]\r")
+        screen.expect(r"error \[engine_error\]: ")
+        screen.expect("User: ")
+        screen.type('[[say: "a\\u001b]0;title\\u0007b"]]\r')
+        screen.expect("Assistant: a\ufffd\\]0;title\ufffdb")
+        screen.expect("User: ")
+        screen.type(CTRL_D)
+        assert screen.wait() == 0
+    piped = shell("chat", stdin='[[say: "a\\u001b[1mb"]]\n')
+    assert piped == "a\x1b[1mb\n"
+
+
+def test_a_chat_without_a_worker_says_that_it_waits(redis_server: RedisServer, fleet: Fleet) -> None:
+    worker = fleet.start_worker()
+    worker.kill_group()
+    worker.wait()
+    shell = Shell(TOKENFLEET_REDIS_URL=redis_server.url, TOKENFLEET_FLEET=redis_server.fleet)
+    with terminal(*TOKENFLEET, "chat", env=shell.env) as screen:
+        screen.expect("User: ")
+        screen.type('[[say: "at last"]]\r')
+        screen.expect("no worker serves scripted now")
+        fleet.start_worker()
+        screen.expect("at last")
+        screen.type("exit\r")
+        assert screen.wait() == 0
+
+
+# ---- the demo --------------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_shows_tokens_answers_and_times(shell: Shell) -> None:
+    """On the scripted engine; with the real model: the next test."""
+    done = shell.run("demo", "--tokens", "20")
+    for number in range(1, 5):
+        assert re.search(rf"^\[{number}\] \S", done.stdout, re.MULTILINE)
+        assert re.search(rf"^{number} +\d+ ms +\S+ m?s +\d+ +20 +[\d.]+ +length ", done.stdout, re.MULTILINE)
+    assert re.search(r"^80 tokens in .* tokens/s over all jobs\.$", done.stdout, re.MULTILINE)
+
+
+def test_the_demo_at_a_terminal(shell: Shell) -> None:
+    with terminal(*TOKENFLEET, "demo", "--tokens", "60", env=shell.env) as screen:
+        screen.expect("jobs queued in")
+        screen.expect("240 tokens in ")
+        assert screen.wait() == 0
+        assert "Traceback" not in screen.shown
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_the_demo_with_the_real_model(local_shell: Shell) -> None:
+    done = local_shell.run("demo", "--tokens", "24", timeout_s=480)
+    assert "Paris" in done.stdout
+    assert re.search(r"^4 .* (stop|length) ", done.stdout, re.MULTILINE)
+    assert "tokenfleet chat" in done.stderr
+    assert "Paris" in local_shell("chat", "--temperature", "0", stdin="What is the capital of France?\n")
