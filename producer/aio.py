@@ -147,6 +147,7 @@ class AsyncClient:
 
     def __init__(self, redis_url: str, *, fleet: str = "default", model: str | None = None, max_queued: int = 100_000):
         self.keys = Keys(fleet)
+        self.redis_url = redis_url
         self._model = model
         self._max_queued = max_queued
         self._redis = urls.connect_async(redis_url, socket_timeout=10.0, socket_connect_timeout=3.0)

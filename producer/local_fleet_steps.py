@@ -13,12 +13,13 @@ import os
 import secrets
 import shutil
 import signal
+import site
 import subprocess
 import sys
+import sysconfig
 import time
 import weakref
 from collections.abc import Callable, Generator
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TypeVar
 
@@ -367,10 +368,9 @@ def _check(deadline: float, folder: FleetFolder, problem: str) -> None:
 
 
 def _child_environment() -> dict[str, str]:
+    """Ours, and where tokenfleet lies unless it is installed where Python looks anyway."""
     env = dict(os.environ)
-    try:
-        distribution("tokenfleet")
-    except PackageNotFoundError:  # not installed: the supervisor must find what we found
-        root = str(Path(next(iter(tokenfleet.__path__))).parent)
+    root = str(Path(next(iter(tokenfleet.__path__))).parent)
+    if root not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()):
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH", ""), root]))
     return env

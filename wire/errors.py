@@ -6,7 +6,8 @@
     │   ├── ContextLengthExceeded   context_length_exceeded
     │   ├── UnknownModel            unknown_model
     │   ├── UnknownJob              unknown_job (never existed, or its retention is over)
-    │   └── JobConflict             job_conflict (same id, other body)
+    │   ├── JobConflict             job_conflict (same id, other body)
+    │   └── Unauthorized            missing_api_key, invalid_api_key
     ├── Overloaded                  queue_full, memory_full, rate_limited: later; ``retry_after_s`` says when
     ├── EngineError                 the engine failed this request (engine_error, out_of_memory)
     │   └── EngineDead              engine_dead: no request can be served by this engine any more
@@ -94,6 +95,11 @@ class UnknownJob(CallerError):
 class JobConflict(CallerError):
     code = "job_conflict"
     http_status = 409
+
+
+class Unauthorized(CallerError):
+    code = "invalid_api_key"
+    http_status = 401
 
 
 class Overloaded(TokenfleetError):

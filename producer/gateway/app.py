@@ -9,9 +9,9 @@ from fastapi import Depends, FastAPI, Request
 
 from tokenfleet import __version__
 from tokenfleet.producer.aio import AsyncClient
+from tokenfleet.producer.apikeys import KeyStore
 from tokenfleet.producer.gateway import chat, models, operations
 from tokenfleet.producer.gateway.errors import on_error
-from tokenfleet.producer.gateway.keys import KeyStore
 from tokenfleet.producer.gateway.settings import GatewaySettings
 from tokenfleet.wire.errors import ConfigurationError, TokenfleetError
 

@@ -21,11 +21,6 @@ _TYPES = {
 }
 
 
-class Unauthorized(TokenfleetError):
-    code = "invalid_api_key"
-    http_status = 401
-
-
 class TooLarge(InvalidRequest):
     code = "request_too_large"
     http_status = 413

@@ -62,7 +62,7 @@ async def test_the_async_client_streams_too(gateway: Gateway) -> None:
 
 
 def test_stop_strings_and_vllms_extras(client: openai.OpenAI) -> None:
-    said = [{"role": "user", "content": "[[say: \"one two STOP three\"]]"}]
+    said = [{"role": "user", "content": '[[say: "one two STOP three"]]'}]
     extra = {"top_k": 5, "min_p": 0.1}
     answer = client.chat.completions.create(model=MODEL, messages=said, stop="STOP", extra_body=extra)
     assert answer.choices[0].finish_reason == "stop"
@@ -164,7 +164,7 @@ def test_health_and_readiness(gateway: Gateway) -> None:
 def test_once_there_is_a_key_every_route_needs_one(served: Fleet) -> None:
     import asyncio
 
-    from tokenfleet.producer.gateway.keys import KeyStore
+    from tokenfleet.producer.apikeys import KeyStore
     from tokenfleet.wire import urls
     from tokenfleet.wire.keys import Keys
 

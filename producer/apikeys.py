@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from tokenfleet.producer.gateway.errors import Unauthorized
+from tokenfleet.wire.errors import Unauthorized
 from tokenfleet.wire.keys import Keys
 
 _CACHE_S = 2.0
