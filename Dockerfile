@@ -8,7 +8,7 @@ RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin tokenfleet \
  && install -d -o tokenfleet -g tokenfleet /var/cache/tokenfleet
 WORKDIR /src
 # Dependencies come before the sources, on a package that is still empty: a change of code does not fetch torch again.
-COPY pyproject.toml LICENSE ./
+COPY pyproject.toml LICENSE README.md ./
 COPY deploy/constraints/lock.txt deploy/constraints/lock.txt
 RUN mkdir tokenfleet && touch tokenfleet/__init__.py
 

@@ -30,7 +30,7 @@ $(READY): pyproject.toml $(LOCK)
 	  echo "[setup] new environment in $(VENV) with $$("$$python" --version)"; \
 	  "$$python" -m venv $(VENV) || { echo "make: python's venv module is missing or broken (Debian: apt install python3-venv)" >&2; rm -rf $(VENV); exit 1; }; }
 	@echo "[setup] installing tokenfleet[$(EXTRAS)] at the versions of $(LOCK); the first time this fetches some 400 MB (torch)"
-	@$(PY) -m pip install --no-compile --disable-pip-version-check -c $(LOCK) -e '.[$(EXTRAS)]' \
+	@PYTHONWARNINGS=ignore $(PY) -m pip install --no-compile --disable-pip-version-check -c $(LOCK) -e '.[$(EXTRAS)]' \
 	  | { grep --line-buffered -v '^Requirement already satisfied' || true; }
 	@$(PY) -c 'import tokenfleet, celery, redis' && $(PY) -m pip check >/dev/null || { $(PY) -m pip check; exit 1; }
 	@touch $@ && echo "[setup] ready"
