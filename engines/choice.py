@@ -51,9 +51,7 @@ class ChoiceText:
     ) -> None:
         self._choice = choice
         self._tokenizer = tokenizer
-        self._stream = tokenizer.decode_stream(
-            skip_special_tokens=params.skip_special_tokens, visible_ids=visible_ids
-        )
+        self._stream = tokenizer.decode_stream(skip_special_tokens=params.skip_special_tokens, visible_ids=visible_ids)
         self._matcher = StopMatcher((*params.stop, *stop))
         self._has_stops = bool(params.stop or stop)
         self._armed_at = params.min_tokens
