@@ -1,4 +1,4 @@
-# Targets: `worker` (transformers engine), `flower`, `producer` (core only: no torch). Used by docker-compose.yml.
+# Targets: `worker` (transformers engine), `flower`, `gateway`, `producer` (core only: no torch), for docker-compose.yml.
 # Every package comes at the version of deploy/constraints/lock.txt.
 FROM python:3.11-slim AS base
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
@@ -32,6 +32,15 @@ WORKDIR /home/tokenfleet
 USER tokenfleet
 EXPOSE 5555
 CMD ["celery", "-A", "tokenfleet.workers.app", "flower", "--address=0.0.0.0", "--port=5555"]
+
+FROM base AS gateway
+RUN --mount=type=cache,target=/root/.cache/pip pip install -c deploy/constraints/lock.txt '.[gateway]'
+COPY --from=wheel /dist /dist
+RUN pip install --no-deps --force-reinstall /dist/*.whl && rm -rf /dist /src/*
+WORKDIR /home/tokenfleet
+USER tokenfleet
+EXPOSE 8000
+CMD ["tokenfleet", "serve", "--host=0.0.0.0", "--port=8000"]
 
 FROM base AS worker
 RUN --mount=type=cache,target=/root/.cache/pip pip install -c deploy/constraints/lock.txt '.[hf]'

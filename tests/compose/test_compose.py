@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from openai import AuthenticationError, OpenAI
 
 from tests.compose.docker_engine import DockerEngine, docker_engine
 from tokenfleet import Client
@@ -30,6 +31,7 @@ services:
     build: {{ network: host }}
     volumes: ["{model}:/var/cache/tokenfleet/models/{name}:ro"]
   flower: {{ build: {{ network: host }} }}
+  gateway: {{ build: {{ network: host }} }}
   client: {{ build: {{ network: host }} }}
 """
 
@@ -47,6 +49,7 @@ class Project:
     name: str
     redis_port: int
     flower_port: int
+    gateway_port: int
     password: str
 
     def compose(self, *arguments: str, limit_s: float = 300, check: bool = True) -> str:
@@ -71,6 +74,7 @@ class Project:
             return answer.read().decode()
 
 
+PROFILES = ("--profile", "tools", "--profile", "gateway")
 LOGIN = "operator:a-flower-password"
 
 
@@ -97,10 +101,11 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
         )
         lines = [line for line in (ROOT / ".env.example").read_text().splitlines() if not line.startswith("REDIS_PASS")]
         lines += [f"REDIS_PASSWORD={project.password}", f"REDIS_PORT={project.redis_port}"]
-        lines += [f"FLOWER_PORT={project.flower_port}", f"FLOWER_BASIC_AUTH={LOGIN}", "TOKENFLEET_GRACE_S=5"]
+        lines += [f"GATEWAY_PORT={project.gateway_port}", f"FLOWER_PORT={project.flower_port}"]
+        lines += [f"FLOWER_BASIC_AUTH={LOGIN}", "TOKENFLEET_GRACE_S=5"]
         (folder / "env").write_text("\n".join(lines) + "\n")
         try:
-            project.compose("--profile", "tools", "build", limit_s=1500)
+            project.compose(*PROFILES, "build", limit_s=1500)
             try:
                 project.compose("up", "--detach", "--no-build", "--wait", limit_s=900)
             except Exception:
@@ -108,11 +113,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
                 raise
             yield project
         finally:
-            project.compose(
-                "--profile", "tools", "down", "--volumes", "--remove-orphans", "--timeout", "5", check=False
-            )
+            project.compose(*PROFILES, "down", "--volumes", "--remove-orphans", "--timeout", "5", check=False)
             if not engine.is_stand_in:
-                project.compose("--profile", "tools", "down", "--rmi", "local", check=False)
+                project.compose(*PROFILES, "down", "--rmi", "local", check=False)
 
 
 @pytest.fixture
@@ -138,6 +141,18 @@ def test_the_client_service_chats_and_has_no_torch(project: Project) -> None:
     assert "Paris" in project.compose(*chat, question)
     probe = "import importlib.util as u; print([n for n in ('torch', 'transformers', 'flower') if u.find_spec(n)])"
     assert project.compose("run", "--rm", "-T", "--entrypoint", "python", "client", "-c", probe).strip() == "[]"
+
+
+def test_the_gateway_comes_up_once_there_is_a_key_and_answers_for_it(project: Project) -> None:
+    key = project.compose("run", "--rm", "-T", "client", "keys", "create", "someone").split()[-1]
+    project.compose("--profile", "gateway", "up", "--detach", "--no-build", "--wait", limit_s=120)
+    with OpenAI(base_url=f"http://127.0.0.1:{project.gateway_port}/v1", api_key=key) as openai:
+        question = [{"role": "user", "content": "What is the capital of France?"}]
+        answer = openai.chat.completions.create(model=MODEL, messages=question, temperature=0, max_tokens=16)
+        assert "Paris" in answer.choices[0].message.content
+    stranger = OpenAI(base_url=f"http://127.0.0.1:{project.gateway_port}/v1", api_key="another")
+    with stranger, pytest.raises(AuthenticationError):
+        stranger.models.list()
 
 
 @pytest.mark.parametrize("service", ["redis", "worker", "flower"])
