@@ -1,0 +1,123 @@
+"""What a stream may hold when its worker dies: half a character, half a stop string, some of its choices, scores."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.faults.trial import Trial, ledger_of
+from tests.fleets import Fleet, wait_until
+from tokenfleet.wire.errors import StreamInterrupted
+from tokenfleet.wire.events import ChoiceFinished, Delta, Finished, Started
+
+SAID = "naïve 🚀 café — 世界! " * 12
+
+
+def spell(text: str) -> str:
+    """A prompt that has the scripted engine say ``text`` one byte a token."""
+    return f"[[spell: {json.dumps(text, ensure_ascii=False)}]]"
+
+
+def test_characters_stop_strings_choices_and_logprobs_survive_a_kill(fleet: Fleet) -> None:
+    """Many streams, so that the one kill lands within characters and within stop strings; all at 30 ms a byte."""
+    first = fleet.start_worker(token_ms=30.0)
+    with Trial(fleet) as trial:
+        spelled = [trial.submit(spell("x" * k + SAID)) for k in range(12)]
+        stopped = [
+            trial.submit(spell("y" * k + "abcdef" * 40 + "STOP HERE" + "z" * 50), stop=["STOP HERE"]) for k in range(6)
+        ]
+        # A stop string's beginning, again and again: tokens are held back most of the time.
+        held = [trial.submit(spell("z" * k + "STOP HER" * 30), stop=["STOP HERE"]) for k in range(6)]
+        several = trial.submit("[[eos: 400]]", n=4, max_new_tokens=300, seed=7)
+        uneven = [
+            trial.submit("count", n=3, max_new_tokens=200, seed=k, logprobs=True, top_logprobs=2) for k in range(2)
+        ]
+        readings = trial.watch([*spelled, *stopped, *held, several, *uneven])
+        trial.until_streaming(15)
+        second = fleet.start_worker(token_ms=3.0, wait=False)
+        trial.kill(first)
+        verdict = trial.judge(may_run_plain=True)
+        assert verdict.cut_streams == len(readings)
+        texts = {reading.job.id: reading.text for reading in readings}
+        assert [texts[job.id] for job in spelled] == ["x" * k + SAID for k in range(12)]
+        assert [texts[job.id] for job in stopped] == ["y" * k + "abcdef" * 40 for k in range(6)]
+        assert [texts[job.id] for job in held] == ["z" * k + "STOP HER" * 30 for k in range(6)]
+        assert all(job.result(5).choices[0].stop == "STOP HERE" for job in stopped)
+        # Every byte boundary counts as a token, so somewhere the cut fell into a character.
+        delivered = [line["delivered_tokens"] for line in second.record if line["event"] == "prefill"]
+        assert len(delivered) == 24 + 4 + 6
+        # The same seed on an undisturbed worker gives the same choices.
+        again = trial.client.submit("[[eos: 400]]", n=4, max_new_tokens=300, seed=7).result(60)
+        assert [c.text for c in several.result(5).choices] == [c.text for c in again.choices]
+        for job in uneven:
+            for choice in job.result(5).choices:
+                assert [entry.id for entry in choice.logprobs] == list(choice.ids)
+                assert all(len(entry.top) == 2 for entry in choice.logprobs)
+
+
+def test_only_unfinished_choices_go_on(fleet: Fleet) -> None:
+    first = fleet.start_worker(token_ms=10.0)
+    with Trial(fleet) as trial:
+        job = trial.submit("count", n=4, max_new_tokens=900, stop=[" river"], seed=3, temperature=2.0, top_p=1.0)
+        [reading] = trial.watch(job)
+        wait_until(lambda: any(isinstance(e, ChoiceFinished) for e in reading.events), 20, "a choice is finished")
+        trial.kill(first, cuts=False)
+        done = {e.choice for e in reading.events if isinstance(e, ChoiceFinished)}
+        assert len(done) < 4, "all are finished: nothing would be proven"
+        second = fleet.start_worker(token_ms=3.0)
+        trial.judge(may_run_plain=True)
+        resumed = {int(line["sequence_id"][-3:]) for line in second.record if line["event"] == "prefill"}
+        assert resumed
+        assert resumed.isdisjoint(done)
+
+
+def test_scores_are_run_again_with_one_end(fleet: Fleet) -> None:
+    first = fleet.start_worker()
+    with Trial(fleet) as trial:
+        stopped = trial.submit("count", max_new_tokens=3000)
+        [streaming] = trial.watch(stopped)
+        trial.until_streaming(5)
+        first.kill_group()
+        job = trial.client.submit_scores(["good", "bad"])
+        trial.history.note("accepted", job=job.id)
+        trial.watch(job, "scores")
+        fleet.start_worker(token_ms=1.0)
+        trial.fault("SIGKILL", first.pid, cuts=False)
+        trial.judge(may_run_plain=True)
+        assert len(job.result(5).scores) == 2
+        assert streaming.tokens == 3000
+
+
+def test_what_cant_be_continued_ends_with_a_typed_error(fleet: Fleet) -> None:
+    """The spare worker serves another version of the model: never silently other text."""
+    first = fleet.start_worker(salted=True, token_ms=10.0)
+    with Trial(fleet) as trial:
+        job = trial.submit("count", max_new_tokens=2000)
+        fresh = trial.submit("[[fault: hang at 0 on attempt 1]]", max_new_tokens=20)
+        [reading, _] = trial.watch([job, fresh])
+        trial.until_streaming(20, [reading])
+        fleet.start_worker(salted=False, token_ms=2.0, wait=False)
+        trial.kill(first, cuts=False)
+        trial.judge(may_run_plain=True)
+        with pytest.raises(StreamInterrupted):
+            job.result(5)
+        assert ledger_of(fleet, job)["state"] == "failed"
+        assert len(fresh.result(5).choices[0].ids) == 20, "nothing of it was delivered: it may start anew"
+
+
+def test_kinds_of_events_after_a_takeover(fleet: Fleet) -> None:
+    """The reader sees a pause, not a restart: one more `started`, the same tokens, one end."""
+    first = fleet.start_worker(salted=True, token_ms=10.0)
+    with Trial(fleet) as trial:
+        job = trial.submit("count", max_new_tokens=700)
+        [reading] = trial.watch(job)
+        trial.until_streaming(20)
+        fleet.start_worker(salted=True, token_ms=3.0, wait=False)
+        trial.kill(first, whole_group=False)
+        trial.judge()
+        kinds = [type(event) for event in reading.events if not isinstance(event, Delta)]
+        assert kinds.count(Started) == 2
+        assert kinds[-1] is Finished
+        late = trial.read_now(job, "late", after=5)
+        assert late == reading.events[5:]
