@@ -10,10 +10,12 @@ from tokenfleet.wire import urls
 from tokenfleet.wire.errors import ConfigurationError
 from tokenfleet.wire.keys import Priority
 from tokenfleet.workers.settings import load_settings
+from tokenfleet.workers.worker_state import report_state
 
 try:
     tokenfleet_settings = load_settings()
 except ConfigurationError as error:
+    report_state("failed", error=error)  # a supervisor need not try again
     raise SystemExit(f"error [{error.code}]: {error}") from None
 _address = urls.parse(tokenfleet_settings.redis_url)
 _queue = tokenfleet_settings.keys.queue(tokenfleet_settings.model)

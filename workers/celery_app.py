@@ -13,7 +13,10 @@ from typing import Any
 from celery import Celery
 from celery.signals import task_revoked, worker_shutting_down
 from kombu.exceptions import KombuError
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+from redis.retry import Retry
 
 from tokenfleet.engines import models
 from tokenfleet.wire import urls
@@ -45,23 +48,28 @@ async def _lifespan() -> AsyncIterator[None]:
     global _running
     settings: WorkerSettings = app.conf["tokenfleet_settings"]
     url = settings.redis_url
-    if not settings.model:
-        raise ConfigurationError(
-            "This worker does not know which model to serve.", hint="Set TOKENFLEET_MODEL (docs/settings.md)."
-        )
     report_state("loading", detail=f"loading {settings.model}")
     models.listen(lambda step, share: report_state("loading", detail=step, progress=share))
     _running = Runtime(
         settings,
         Served(settings),
-        # One attempt gets a bounded time: the publisher, the lease and the control channel try again by themselves.
-        lambda: urls.connect_async(url, socket_timeout=5.0, socket_connect_timeout=2.0),
-        lambda: urls.connect(url, socket_timeout=settings.lease.lease_s / 2, socket_connect_timeout=1.0),
+        # One attempt, in a bounded time: publisher, lease and control channel try again by themselves. redis-py would
+        # pause a second and more between its own tries.
+        lambda: urls.connect_async(
+            url, socket_timeout=5.0, socket_connect_timeout=2.0, retry=AsyncRetry(NoBackoff(), 0)
+        ),
+        lambda: urls.connect(
+            url, socket_timeout=settings.lease.lease_s / 2, socket_connect_timeout=1.0, retry=Retry(NoBackoff(), 0)
+        ),
         _stop_dead,
         lambda is_busy: report_state("ready", detail=settings.model, models=(settings.model,), is_busy=is_busy),
         functools.partial(_follow_up, settings),
     )
     try:
+        if not settings.model:
+            raise ConfigurationError(
+                "This worker does not know which model to serve.", hint="Set TOKENFLEET_MODEL (docs/settings.md)."
+            )
         async with _running.open():
             report_state("ready", detail=settings.model, models=(settings.model,))
             yield

@@ -29,6 +29,15 @@ def client(gateway: Gateway) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0)
 
 
+def status_of(request: urllib.request.Request) -> int:
+    try:
+        with urllib.request.urlopen(request, timeout=10) as reply:
+            return int(reply.status)
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
+
+
 def test_a_whole_completion(client: openai.OpenAI) -> None:
     wanted = {"max_tokens": 12, "n": 2, "logprobs": True, "top_logprobs": 2}
     answer = client.chat.completions.create(model=MODEL, messages=MESSAGES, **wanted)
@@ -112,9 +121,7 @@ def test_an_unknown_model_is_404(client: openai.OpenAI) -> None:
 def test_a_body_too_large_is_refused_before_it_is_read(gateway: Gateway) -> None:
     request = urllib.request.Request(f"{gateway.url}/v1/chat/completions", data=b"x", method="POST")
     request.add_unredirected_header("Content-Length", str(10**9))
-    with pytest.raises(urllib.error.HTTPError) as caught:
-        urllib.request.urlopen(request, timeout=10)
-    assert caught.value.code == 413
+    assert status_of(request) == 413
 
 
 def test_a_client_that_leaves_cancels_its_job(client: openai.OpenAI, served: Fleet) -> None:
@@ -139,7 +146,8 @@ def test_an_idempotency_key_is_one_job_and_resumes(client: openai.OpenAI, gatewa
         if last:
             headers["Last-Event-ID"] = last
         request = urllib.request.Request(f"{url}/v1/chat/completions", data=json.dumps(body).encode(), headers=headers)
-        lines = urllib.request.urlopen(request, timeout=30).read().decode().split("\n\n")
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            lines = reply.read().decode().split("\n\n")
         return [tuple(part.partition(": ")[2] for part in line.split("\n")) for line in lines if line.startswith("id:")]
 
     first = events(gateway.url)
@@ -183,9 +191,7 @@ def test_once_there_is_a_key_every_route_needs_one(served: Fleet) -> None:
     gateway = start_gateway(served)
     try:
         for path in ("/v1/models", "/v1/chat/completions", "/openapi.json"):
-            with pytest.raises(urllib.error.HTTPError) as caught:
-                urllib.request.urlopen(f"{gateway.url}{path}", timeout=5)
-            assert caught.value.code in (401, 405)
+            assert status_of(urllib.request.Request(f"{gateway.url}{path}")) in (401, 405)
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="wrong").models.list()
         assert openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=secret).models.list().data
