@@ -36,7 +36,7 @@ from celery.worker.control import Panel
 
 from tokenfleet.wire.errors import TokenfleetError
 from tokenfleet.workers import pool_signals
-from tokenfleet.workers.pool_hub import HubMailbox
+from tokenfleet.workers.pool_hub import HubMailbox, keep_client
 from tokenfleet.workers.pool_job import AsyncJob, AsyncTask, Call, Job, bridge, is_async
 from tokenfleet.workers.pool_lifespan import Lifespans, register_lifespan
 
@@ -83,7 +83,7 @@ class AsyncioPool(BasePool):
         self._is_closed = False
         signals.celeryd_after_setup.connect(self._meet_worker)
         signals.worker_shutting_down.connect(self._wake_hub)
-        signals.worker_shutdown.connect(self._close_after_failed_start)
+        signals.worker_shutdown.connect(self._after_shutdown)
 
     # -- for other code of the worker ---------------------------------------------------------------------------------
 
@@ -111,10 +111,15 @@ class AsyncioPool(BasePool):
             raise ValueError(f"A worker needs at least one slot, not {slots}.")
         self.limit = slots
 
-    def stop_worker(self, reason: str, exit_code: int = os.EX_SOFTWARE) -> None:
-        """Shut the worker down warmly, from any thread, because it can't serve any more (its engine died)."""
+    def stop_worker(self, reason: str, exit_code: int = os.EX_SOFTWARE, *, is_cold: bool = False) -> None:
+        """Shut the worker down, from any thread, because it can't serve any more (its engine died).
+
+        Running tasks finish, or, if ``is_cold``, are cancelled and their messages go back into the queue."""
         logger.critical("The worker stops: %s", reason)
-        state.should_stop = exit_code
+        if is_cold:
+            state.should_terminate = exit_code
+        else:
+            state.should_stop = exit_code
         self.hub.wake()
 
     def on_child_quit(self, listener: Callable[[int], object]) -> None:
@@ -151,6 +156,8 @@ class AsyncioPool(BasePool):
                 except (SystemExit, KeyboardInterrupt) as exc:  # of some asyncio task: no reason to end the others
                     logger.error("Code on the event loop raised %r: ignored", exc)  # noqa: TRY400
             # Leaving the runner cancels what tasks left behind.
+        if self._lifespans.is_entered and not self._is_closed:  # somebody cancelled all tasks of the loop, say
+            self.stop_worker(f"the event loop ended ({self._lifespans.error!r})", is_cold=True)
 
     def _enter_lifespans(self) -> None:
         while not self._lifespans.settled.wait(0.1):  # in slices: the main thread runs signal handlers in between
@@ -178,6 +185,8 @@ class AsyncioPool(BasePool):
 
     def register_with_event_loop(self, hub: Any) -> None:
         self.hub.register(hub)
+        if self._worker is not None:
+            keep_client(self._worker.consumer.task_consumer.channel)
 
     # -- jobs ---------------------------------------------------------------------------------------------------------
 
@@ -232,7 +241,7 @@ class AsyncioPool(BasePool):
     def _report(self, job: Job) -> None:
         self._open.discard(job)
         if job.report is not None:
-            callback, argument = job.report
+            (callback, argument), job.report = job.report, None
             callback(argument)
 
     def terminate_job(self, pid: int, signal: object = None) -> None:
@@ -257,7 +266,6 @@ class AsyncioPool(BasePool):
             "running": len(self._running),
             "waiting": len(self._waiting),
             "most-running": self._most_running,
-            "async-tasks": sorted(name for name in self._async_tasks if not name.startswith("celery.")),
         }
 
     def _on_own_quit(self, pid: int) -> None:
@@ -286,6 +294,9 @@ class AsyncioPool(BasePool):
         """Cold shutdown. What was cancelled isn't acked: closing the channel puts it back into the queue."""
         if self._is_closed:
             return
+        if self._worker is not None and self._worker.exitcode is None:
+            is_code = type(state.should_terminate) is int  # True, from Celery's own handler, isn't
+            self._worker.exitcode = state.should_terminate if is_code else 1  # Celery would say 0
         self._end_process_within(self.exit_s)
         self._cancel_all()
         deadline = time.monotonic() + self.cancel_grace_s
@@ -332,9 +343,10 @@ class AsyncioPool(BasePool):
 
         threading.Thread(target=end, name="tokenfleet-exit", daemon=True).start()
 
-    def _close_after_failed_start(self, **_: Any) -> None:
+    def _after_shutdown(self, **_: Any) -> None:
         """Celery stops no bootstep if a later one failed to start, but it sends this signal."""
         self._close(self.cold_closing_s)
+        self.hub.close()
 
     def _wake_hub(self, **_: Any) -> None:
         """The flag that a signal handler sets is looked at after the hub's current poll: up to a second, else."""

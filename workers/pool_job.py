@@ -164,6 +164,7 @@ class AsyncJob(Job, Coroutine[Any, Any, None]):
         for timer in self._timers:
             timer.cancel()
         super().conclude()
+        del self._greenlet, self._task, self._timers  # they refer to us: no work for the garbage collector
 
     # -- the coroutine that asyncio runs: each step resumes the greenlet until it has something to wait for
 
@@ -185,9 +186,9 @@ class AsyncJob(Job, Coroutine[Any, Any, None]):
         try:
             awaited = switch(value)
         finally:
-            if self._greenlet.dead:  # also when it was cancelled before its first step: then `trace` never ran
+            if is_over := self._greenlet.dead:  # also if it was cancelled before its first step: `trace` never ran then
                 self.conclude()
-        if self._greenlet.dead:
+        if is_over:
             raise StopIteration
         return awaited
 

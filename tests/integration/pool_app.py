@@ -251,5 +251,11 @@ async def child_quits() -> int:
 
 
 @app.task
-async def engine_died() -> None:
-    AsyncioPool.current().stop_worker("the engine died", 70)
+async def engine_died(is_cold: bool) -> None:
+    AsyncioPool.current().stop_worker("the engine died", 70, is_cold=is_cold)
+
+
+@app.task
+async def cancel_everything() -> None:
+    for task in asyncio.all_tasks():
+        task.cancel()

@@ -387,7 +387,7 @@ def test_a_cold_shutdown_cancels_and_gives_messages_back(start_pool_worker: Star
     worker.send("wait", "b")
     worker.hears("started a", "started b")
     worker.signal(signal.SIGQUIT)
-    worker.exits()
+    assert worker.exits() == 1
     assert {"cancelled a", "cancelled b", "inner left", "outer left"} <= set(worker.said)
     assert (worker.held(), worker.queued()) == (0, 2)
 
@@ -438,12 +438,46 @@ def test_a_lifespan_that_never_closes_does_not_hold_up_a_cold_shutdown(start_poo
     assert "outer left" in worker.said
 
 
-def test_a_worker_whose_engine_died_stops_with_its_status(start_pool_worker: StartWorker) -> None:
+@pytest.mark.parametrize("is_cold", [False, True])
+def test_a_worker_whose_engine_died_stops_with_its_status(start_pool_worker: StartWorker, is_cold: bool) -> None:
     worker = start_pool_worker()
-    worker.send("engine_died")
+    worker.send("wait", "x")
+    worker.hears("started x")
+    worker.send("engine_died", is_cold)
+    worker.open() if not is_cold else worker.hears("cancelled x")
     assert worker.exits() == 70
     assert "outer left" in worker.said
     assert worker.held() == 0
+    assert worker.queued() == (1 if is_cold else 0)
+
+
+def test_a_worker_whose_loop_ended_does_not_linger(start_pool_worker: StartWorker) -> None:
+    worker = start_pool_worker()
+    worker.send("cancel_everything")
+    assert worker.exits() == 70
+
+
+def test_a_warm_shutdown_while_the_broker_is_away_still_waits_for_tasks(start_pool_worker: StartWorker) -> None:
+    worker = start_pool_worker()
+    worker.send("wait", "a")
+    worker.hears("started a")
+    worker.server.stop()
+    until(lambda: "Connection to broker lost" in worker.log.read_text())
+    worker.signal(signal.SIGTERM)
+    until(lambda: "Warm shutdown" in worker.log.read_text())
+    worker.server.start()
+    worker.open()
+    worker.exits()
+    assert {"finished a", "outer left"} <= set(worker.said)
+
+
+def test_a_cold_shutdown_while_the_broker_is_away_ends(start_pool_worker: StartWorker) -> None:
+    worker = start_pool_worker()
+    worker.send("wait", "a")
+    worker.hears("started a")
+    worker.server.stop()
+    worker.signal(signal.SIGQUIT)
+    assert worker.exits() == 1
 
 
 # -- other surroundings -------------------------------------------------------------------------------------------
