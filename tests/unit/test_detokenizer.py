@@ -136,6 +136,14 @@ def test_a_window_stream_gives_out_bytes_that_never_become_a_character():
     assert "".join(map(stream.push, ids)) + stream.flush() == tokenizer.decode(ids)
 
 
+def test_a_tokenizer_in_pure_python():
+    transformers = pytest.importorskip("transformers", reason="comes with an engine's extra")
+    tokenizer, draw = HFTokenizer(transformers.ByT5Tokenizer()), random.Random(1)
+    assert tokenizer.eos_ids == {1}
+    for ids in [tokenizer.encode("héllo 😀 wörld"), *(draw.choices(range(259), k=20) for _ in range(100))]:
+        assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
+
+
 def test_special_tokens_are_skipped_or_shown():
     tokenizer = HFTokenizer(byte_level())
     ids = [0, *tokenizer.encode("hi"), 1]
