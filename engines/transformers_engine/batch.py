@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -12,24 +13,25 @@ from tokenfleet.engines.base import Sequence, TokenChunk
 from tokenfleet.engines.transformers_engine.kv import BatchCache
 from tokenfleet.engines.transformers_engine.sampling import BatchSampler, Drawn, SamplingState
 
+Adapters = Rows[str | None]
+Prompt = tuple[tuple[int, ...], str | None]
+"""Token ids and the adapter they are read with."""
+
 
 class Model(Protocol):
-    """A loaded model as the batches need it (loading.py has it)."""
+    """A loaded model as the batches need it (loading.py has it). ``ids``, ``mask`` and ``positions`` are on the CPU."""
 
     layers: int
     vocab_size: int
-    device: torch.device
 
     def forward(
-        self,
-        ids: torch.Tensor,
-        mask: torch.Tensor,
-        positions: torch.Tensor,
-        cache: BatchCache,
-        adapters: Rows[str | None],
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: BatchCache, adapters: Adapters
     ) -> torch.Tensor:
-        """Logits of the last column, ``[rows, vocab]``."""
+        """Logits of the last column, ``[rows, vocab]``. Writes the new columns to ``cache`` but doesn't count them."""
         ...
+
+
+Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, BatchCache, Adapters], torch.Tensor]
 
 
 @dataclass(slots=True, eq=False)
@@ -53,44 +55,64 @@ class Row:
     def take(self, drawn: Drawn) -> TokenChunk:
         """Append a drawn token; the chunk says whether that was the last."""
         self.state.ids.append(drawn.id)
-        reason = None
+        if self.state.grammar is not None:
+            self.state.grammar.accept(drawn.id)
+        reason: Literal["stop", "length"] | None = None
         if drawn.id in self.state.stop_ids:
             reason = "stop"
         elif len(self.state.ids) >= self.sequence.max_new_tokens:
             reason = "length"
-        return TokenChunk((drawn.id,), (drawn.logprob,) if drawn.logprob else (), reason)  # type: ignore[arg-type]
+        return TokenChunk((drawn.id,), (drawn.logprob,) if drawn.logprob else (), reason)
 
 
-class Prefill:
-    """Prompts of similar length, computed together, a chunk a call. Equal prompts (n choices) are computed once."""
+class PromptPass:
+    """Prompts of similar length, read together, a chunk of columns a call. All end at the last column."""
 
-    def __init__(self, rows: list[Row], model: Model, chunk_tokens: int) -> None:
-        self.rows = rows
-        self._model = model
-        # Another adapter gives another cache for the same prompt.
-        keys = [(row.prefix, row.sequence.adapter) for row in rows]
-        distinct = list(dict.fromkeys(keys))
-        self._places = {row.stream: distinct.index(key) for row, key in zip(rows, keys, strict=True)}
-        self._adapters = [adapter for _, adapter in distinct]
-        self._columns = max(len(prefix) for prefix, _ in distinct)
-        padded = [[0] * (self._columns - len(prefix)) + list(prefix) for prefix, _ in distinct]
-        self._ids = torch.tensor(padded)
-        self._step = max(8, chunk_tokens // len(distinct))
-        self.cache = BatchCache(model.layers, [len(prefix) - self._columns for prefix, _ in distinct])
+    def __init__(self, prompts: Rows[Prompt], layers: int, chunk_tokens: int) -> None:
+        self._adapters = [adapter for _, adapter in prompts]
+        self._columns = max(len(ids) for ids, _ in prompts)
+        padding = [self._columns - len(ids) for ids, _ in prompts]
+        self._ids = torch.tensor([[0] * pad + list(ids) for pad, (ids, _) in zip(padding, prompts, strict=True)])
+        self._step = max(8, chunk_tokens // len(prompts))
+        self.cache = BatchCache(layers, [-pad for pad in padding])
 
-    def run(self) -> torch.Tensor | None:
-        """Compute the next chunk. After the last one: logits, ``[distinct prompts, vocab]`` (see `place`)."""
+    def run(self, forward: Forward) -> torch.Tensor | None:
+        """Read the next chunk. After the last one: what ``forward`` gave for the last column."""
         done = self.cache.window.length
         columns = min(self._step, self._columns - done)
         self.cache.make_room(columns)
         mask, positions = self.cache.padding_mask(columns), self.cache.positions(columns)
-        logits = self._model.forward(self._ids[:, done : done + columns], mask, positions, self.cache, self._adapters)
+        out = forward(self._ids[:, done : done + columns], mask, positions, self.cache, self._adapters)
         self.cache.advance(columns)
-        return logits if done + columns == self._columns else None
+        return out if done + columns == self._columns else None
+
+
+class Prefill:
+    """Sequences on their way into a batch. Equal prompts (n choices) are read once."""
+
+    def __init__(self, rows: list[Row], model: Model, chunk_tokens: int) -> None:
+        self.rows = rows
+        self._model = model
+        prompts = [(row.prefix, row.sequence.adapter) for row in rows]
+        distinct = list(dict.fromkeys(prompts))
+        self._places = {id(row): distinct.index(prompt) for row, prompt in zip(rows, prompts, strict=True)}
+        self._pass = PromptPass(distinct, model.layers, chunk_tokens)
+
+    @property
+    def cache(self) -> BatchCache:
+        return self._pass.cache
+
+    def run(self) -> list[Drawn] | None:
+        """Read the next chunk. After the last one: the first token of each of ``rows``."""
+        logits = self._pass.run(self._model.forward)
+        if logits is None:
+            return None
+        sampler = BatchSampler([row.state for row in self.rows], self._model.vocab_size, logits.device)
+        return sampler(logits[[self.place(row) for row in self.rows]])
 
     def place(self, row: Row) -> int:
-        """The row of ``cache``, and of the logits, that is ``row``'s prompt."""
-        return self._places[row.stream]
+        """The row of ``cache`` that is ``row``'s prompt."""
+        return self._places[id(row)]
 
 
 class Batch:

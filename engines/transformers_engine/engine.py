@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import secrets
 import threading
@@ -16,7 +17,9 @@ import transformers
 from tokenfleet.engines.base import EngineInfo, Sequence, TokenChunk
 from tokenfleet.engines.mailbox import Mailbox
 from tokenfleet.engines.stopping import ending_ids
-from tokenfleet.engines.transformers_engine.batch import Row
+from tokenfleet.engines.transformers_engine.batch import PromptPass, Row
+from tokenfleet.engines.transformers_engine.grammar import GrammarCompiler
+from tokenfleet.engines.transformers_engine.kv import BatchCache
 from tokenfleet.engines.transformers_engine.loading import LoadedModel, load
 from tokenfleet.engines.transformers_engine.loop import Deliveries, EngineLoop, ScoreWork
 from tokenfleet.engines.transformers_engine.options import TransformersOptions
@@ -75,7 +78,7 @@ class TransformersEngine:
         ready: asyncio.Future[None] = events.create_future()
 
         def deliver(deliveries: Deliveries) -> None:
-            if not events.is_closed():
+            with contextlib.suppress(RuntimeError):  # the event loop is gone, and with it whoever was listening
                 events.call_soon_threadsafe(_put_all, deliveries)
 
         def settle(error: BaseException | None) -> None:
@@ -94,7 +97,11 @@ class TransformersEngine:
         # A daemon: a process that wants to exit must not wait for a forward pass.
         self._thread = threading.Thread(target=work, name="transformers-engine", daemon=True)
         self._thread.start()
-        await ready
+        try:
+            await ready
+        except BaseException:
+            self._thread = None
+            raise
 
     def _load(self, deliver: Any) -> EngineLoop:
         """Runs in the engine's thread."""
@@ -102,7 +109,8 @@ class TransformersEngine:
         model = self._model = load(options)
         on_cpu = model.device.type == "cpu"
         context = min(options.max_context_tokens or model.context_tokens, model.context_tokens)
-        budget = options.kv_budget_tokens or _budget_tokens(model, options.max_batch_size, context)
+        bytes_per_token = _warm_up(model)
+        budget = options.kv_budget_tokens or _budget_tokens(model, bytes_per_token, options.max_batch_size, context)
         self._info = EngineInfo(
             name="transformers",
             version=transformers.__version__,
@@ -111,6 +119,7 @@ class TransformersEngine:
             context_tokens=context,
             slots=options.max_batch_size,
             vocab_size=model.vocab_size,
+            adapters=model.adapters,
             can_score=model.can_score,
             eos_ids=model.eos_ids,
         )
@@ -122,6 +131,7 @@ class TransformersEngine:
             deliver=deliver,
         )
         self._budget_tokens = budget
+        self._grammars = GrammarCompiler(model.tokenizer, model.vocab_size)
         return self._loop
 
     async def generate(self, sequence: Sequence) -> AsyncGenerator[TokenChunk, None]:
@@ -132,13 +142,21 @@ class TransformersEngine:
             yield over
             return
         self._refuse_what_cannot_work(sequence)
+        stop_ids = ending_ids(sequence.params, sequence.eos_ids)
+        grammar = None
+        if sequence.params.response_format.type != "text":
+            # In another thread: a large schema takes long, and others are waiting for their tokens.
+            grammar = await asyncio.to_thread(
+                self._grammars.compile, sequence.params.response_format, sequence.delivered_ids, stop_ids
+            )
         mailbox = Mailbox()
         state = SamplingState(
             params=sequence.params,
             seed=sequence.seed if sequence.seed is not None else secrets.randbits(63),
             prompt_ids=sequence.prompt_ids,
             ids=list(sequence.delivered_ids),
-            stop_ids=ending_ids(sequence.params, sequence.eos_ids),
+            stop_ids=stop_ids,
+            grammar=grammar,
         )
         loop.submit(Row(sequence, state, mailbox))
         is_over = False
@@ -153,6 +171,8 @@ class TransformersEngine:
 
     def _refuse_what_cannot_work(self, sequence: Sequence) -> None:
         info, params = self.info, sequence.params
+        if not self._loaded.can_generate:
+            raise InvalidRequest("This model scores texts; it can't generate.", code="unsupported_parameter")
         prompt_tokens = len(sequence.prompt_ids)
         if not prompt_tokens:
             raise InvalidRequest("The prompt has no tokens.", param="prompt")
@@ -173,27 +193,35 @@ class TransformersEngine:
                 raise InvalidRequest(
                     f"{name} has a token id outside of the model's vocabulary (0 to {info.vocab_size - 1}).", param=name
                 )
-        if sequence.adapter is not None and sequence.adapter not in info.adapters:
-            raise InvalidRequest(
-                f"There is no adapter {sequence.adapter!r}.",
-                hint=f"Loaded: {', '.join(info.adapters) or 'none'}.",
-                param="adapter",
-            )
+        self._refuse_unknown_adapter(sequence.adapter)
         if sequence.media:
             raise InvalidRequest("This model takes text only.", code="unsupported_parameter", param="media")
         if params.num_beams > 1:
             raise InvalidRequest(
                 "Beam search is not offered by this engine.", code="unsupported_parameter", param="num_beams"
             )
-        if params.response_format.type != "text":
+
+    def _refuse_unknown_adapter(self, adapter: str | None) -> None:
+        names = self.info.adapters
+        if adapter is not None and adapter not in names:
             raise InvalidRequest(
-                "response_format is not offered yet.", code="unsupported_parameter", param="response_format"
+                f"There is no adapter {adapter!r}.", hint=f"Loaded: {', '.join(names) or 'none'}.", param="adapter"
             )
 
     async def score(self, texts_ids: list[tuple[int, ...]], *, adapter: str | None = None) -> list[float]:
         await self.check()
         if not self.info.can_score:
             raise EngineError("This model has no reward head.", code="unsupported")
+        self._refuse_unknown_adapter(adapter)
+        for ids in texts_ids:
+            if not 0 < len(ids) <= self.info.context_tokens:
+                raise ContextLengthExceeded(
+                    f"A text has {len(ids)} tokens; it may have 1 to {self.info.context_tokens}.",
+                    prompt_tokens=len(ids),
+                    context_tokens=self.info.context_tokens,
+                )
+            if any(not 0 <= token < self.info.vocab_size for token in ids):
+                raise InvalidRequest("A text has a token id outside of the model's vocabulary.", param="texts")
         assert self._loop is not None
         future: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
         self._loop.submit(ScoreWork(texts_ids, adapter, future))
@@ -248,10 +276,18 @@ def _already_over(sequence: Sequence) -> TokenChunk | None:
     return None
 
 
-def _budget_tokens(model: LoadedModel, slots: int, context_tokens: int) -> int:
+def _warm_up(model: LoadedModel) -> int:
+    """Compute something once, so that the first request doesn't pay for it. Gives the cache's bytes per token."""
+    with torch.inference_mode():
+        warm = PromptPass([((1,) * 8, None)], model.layers, 8)
+        warm.run(model.forward if model.can_generate else model.reward)
+    return warm.cache.bytes_per_token
+
+
+def _budget_tokens(model: LoadedModel, bytes_per_token: int, slots: int, context_tokens: int) -> int:
     if model.device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(model.device)
     else:
         free_bytes = psutil.virtual_memory().available
-    fits = int(free_bytes * _SHARE_OF_FREE_MEMORY) // model.cache_bytes_per_token
-    return max(min(fits, 2 * slots * context_tokens), 1)
+    most = BatchCache.tokens_for(slots, context_tokens)
+    return max(min(int(free_bytes * _SHARE_OF_FREE_MEMORY) // bytes_per_token, most), 1)

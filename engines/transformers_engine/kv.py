@@ -94,6 +94,8 @@ class BatchLayer(CacheLayerMixin):
 
     def take(self, other: BatchLayer, rows: torch.Tensor) -> None:
         """Write ``rows`` of ``other`` behind the present rows, ending at the current column."""
+        if not other.is_initialized:
+            return  # a layer that uses another layer's keys and values
         if not self.is_initialized:
             self.lazy_initialization(other.keys, other.values)
         window, theirs = self.window, other.window
@@ -103,6 +105,8 @@ class BatchLayer(CacheLayerMixin):
             mine[at, :, first : window.stop] = their[rows.to(their.device), :, theirs.start : theirs.stop]
 
     def move(self, source: int, target: int) -> None:
+        if not self.is_initialized:
+            return
         window = self.window
         for buffer in (self.keys, self.values):
             buffer[target, :, window.start : window.stop] = buffer[source, :, window.start : window.stop]
@@ -126,6 +130,12 @@ class BatchCache(Cache):
     def held_tokens(self) -> int:
         """Tokens there is memory for now, padding and reserve included."""
         return self.window.row_capacity * self.window.capacity
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Once something has been written."""
+        buffers = [buffer for layer in self.layers if layer.is_initialized for buffer in (layer.keys, layer.values)]
+        return int(sum(buffer.numel() * buffer.element_size() for buffer in buffers)) // self.held_tokens
 
     def make_room(self, columns: int, *, more_rows: int = 0, left: int = 0) -> None:
         """See to it that ``columns`` more columns, and ``left`` free ones before the first, fit for all rows."""

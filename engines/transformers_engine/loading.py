@@ -1,11 +1,9 @@
-"""Loads a model as the batches use it: weights, tokenizer, dtype, device, and how to call its forward."""
+"""Loads a model as the batches use it: weights, tokenizer, adapters, heads, and how to call its forward."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
+import importlib.util
 import inspect
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,28 +12,39 @@ import torch
 import transformers
 
 from tokenfleet.engines import models
+from tokenfleet.engines.transformers_engine.adapters import AdapterChoice, merge
+from tokenfleet.engines.transformers_engine.attention import use_grouped_sdpa
+from tokenfleet.engines.transformers_engine.fingerprint import fingerprint
 from tokenfleet.engines.transformers_engine.kv import BatchCache
 from tokenfleet.engines.transformers_engine.options import TransformersOptions
-from tokenfleet.wire.errors import ConfigurationError, EngineError
+from tokenfleet.engines.transformers_engine.packing import pack
+from tokenfleet.engines.transformers_engine.rewards import RewardHead, classifier_head, find_value_head
+from tokenfleet.wire.errors import ConfigurationError
 
-_HASHED_PIECES = 64
-_PIECE_BYTES = 1 << 16
+_ATTENTION = {"disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "fa3": "flash_attention_3"}
+_CACHED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+_QUANTIZERS = {"bnb": "bitsandbytes", "hqq": "hqq", "eetq": "eetq"}
 
 
 class LoadedModel:
-    def __init__(self, model: Any, tokenizer: Any, fingerprint: str) -> None:
+    """Everything about a loaded model. All of its tensors belong to the engine's thread."""
+
+    def __init__(self, model: Any, tokenizer: Any, choice: AdapterChoice | None, head: RewardHead | None) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.fingerprint = fingerprint
+        self.fingerprint = ""
         text_config = model.config.get_text_config()
         self.layers: int = text_config.num_hidden_layers
         self.vocab_size: int = text_config.vocab_size
         self.context_tokens: int = _context_tokens(text_config)
         self.device: torch.device = model.get_input_embeddings().weight.device
-        self.dtype: torch.dtype = model.dtype
-        self.can_score = False
-        eos = getattr(model.generation_config, "eos_token_id", None)
+        eos = getattr(model.generation_config, "eos_token_id", None) if model.can_generate() else None
         self.eos_ids = frozenset(eos if isinstance(eos, list) else () if eos is None else (eos,))
+        self.can_generate: bool = model.can_generate()
+        self.can_score = head is not None
+        self.adapters = choice.names if choice else ()
+        self._choice = choice
+        self._head = head
         accepted = inspect.signature(model.forward).parameters
         self._wants_positions = "position_ids" in accepted
         self._wants_last = "logits_to_keep" in accepted
@@ -49,64 +58,156 @@ class LoadedModel:
         adapters: Sequence[str | None],
     ) -> torch.Tensor:
         """Logits of the last column, ``[rows, vocab]``; the new columns are in ``cache`` but not yet counted."""
-        more: dict[str, Any] = {}
-        if self._wants_positions:
-            more["position_ids"] = positions.to(self.device)
+        inputs = self._inputs(ids, mask, positions, cache)
         if self._wants_last:
-            more["logits_to_keep"] = 1
-        out = self.model(
-            input_ids=ids.to(self.device),
-            attention_mask=mask.to(self.device),
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=True,
-            **more,
-        )
+            inputs["logits_to_keep"] = 1
+        out = self.model(**inputs) if self._choice is None else self._choice.run(adapters, inputs)
         return out.logits[:, -1]
+
+    def reward(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        positions: torch.Tensor,
+        cache: BatchCache,
+        adapters: Sequence[str | None],
+    ) -> torch.Tensor:
+        """The reward of the last column, ``[rows]``, all rows with the same adapter."""
+        assert self._head is not None
+        if self._choice is not None:
+            self._choice.activate(adapters[0])
+        out = self.model.base_model(**self._inputs(ids, mask, positions, cache))
+        return self._head(out.last_hidden_state[:, -1])
+
+    def _inputs(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: BatchCache
+    ) -> dict[str, Any]:
+        inputs = {
+            "input_ids": ids.to(self.device),
+            "attention_mask": mask.to(self.device),
+            "past_key_values": cache,
+            "use_cache": True,
+            "return_dict": True,
+        }
+        if self._wants_positions:
+            inputs["position_ids"] = positions.to(self.device)
+        return inputs
 
     def batch_key(self, adapter: str | None) -> object:
         """Sequences with equal keys can share a forward pass."""
-        return adapter
-
-    def score(self, texts_ids: list[tuple[int, ...]], adapter: str | None) -> list[float]:
-        raise EngineError("This model has no reward head.", code="unsupported")
-
-    @property
-    def cache_bytes_per_token(self) -> int:
-        config = self.model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return int(2 * self.layers * heads * head_dim * self.dtype.itemsize)
+        return None if self._choice is None or self._choice.can_mix else adapter
 
 
 def load(options: TransformersOptions) -> LoadedModel:
-    """Raises `ConfigurationError` for what can't be loaded, saying why."""
+    """Raises `ConfigurationError` for what can't be loaded, saying why, `UnknownModel` for what isn't there."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    folder = models.resolve(
-        options.model_name_or_path,
-        revision=options.model_revision,
-        allow_pickle=options.allow_pickle,
-        cache=options.cache_dir,
-    )
+    folder = _resolved(options.model_name_or_path, options, options.model_revision)
+    subfolder = options.adapter_folder or ""
+    merged = [_resolved(name, options) / subfolder for name in options.adapter_name_or_path]
+    chosen = {name: _resolved(path, options) / subfolder for name, path in options.adapters.items()}
     device = _device(options)
-    dtype = _dtype(options, device)
-    kwargs: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **kwargs)
-        config = transformers.AutoConfig.from_pretrained(folder, **kwargs)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            device_map="auto" if device.type == "cuda" else None,
-            use_safetensors=None if options.allow_pickle else True,
-            **kwargs,
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+        _scale_rope(config, options)
+        model = _weights(folder, config, device, options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ConfigurationError(f"The model {_label(options)!r} can't be loaded: {error}") from error
+    _refuse_uncached(model, options)
+    if merged and getattr(model, "is_quantized", False):
+        raise ConfigurationError(
+            "Adapters can't be merged into quantised weights.",
+            hint="Name them under adapters, to be chosen per request, or load the model unquantised.",
+        )
+    model = merge(model, merged, allow_pickle=options.allow_pickle)
     model.eval().requires_grad_(False)
-    return LoadedModel(model, tokenizer, _fingerprint(folder, model.dtype, options))
+    head = find_value_head([*merged, folder]) if model.can_generate() else classifier_head(model)
+    choice = AdapterChoice(model, chosen, allow_pickle=options.allow_pickle) if chosen else None
+    dtype = model.dtype
+    if options.flash_attn == "auto":
+        use_grouped_sdpa(model)
+    if choice is None or choice.can_mix:
+        pack(model)
+    loaded = LoadedModel(model, tokenizer, choice, head)
+    loaded.fingerprint = fingerprint([folder, *merged], chosen, str(dtype), options)
+    return loaded
+
+
+def _weights(folder: Path, config: Any, device: torch.device, options: TransformersOptions) -> Any:
+    is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    kind = transformers.AutoModelForSequenceClassification if is_classifier else transformers.AutoModelForCausalLM
+    more: dict[str, Any] = {}
+    if options.flash_attn in _ATTENTION:
+        more["attn_implementation"] = _ATTENTION[options.flash_attn]
+    if options.quantization_bit is not None:
+        more["quantization_config"] = _quantization(options)
+    return kind.from_pretrained(
+        folder,
+        config=config,
+        dtype=_dtype(options, device),
+        device_map="auto" if device.type == "cuda" else None,
+        use_safetensors=None if options.allow_pickle else True,
+        trust_remote_code=options.trust_remote_code,
+        **more,
+    )
+
+
+def _quantization(options: TransformersOptions) -> Any:
+    package = _QUANTIZERS[options.quantization_method]
+    if importlib.util.find_spec(package) is None:
+        raise ConfigurationError(
+            f"quantization_method {options.quantization_method!r} needs the package {package}.",
+            hint=f'pip install "tokenfleet[hf]" {package}',
+        )
+    bits = options.quantization_bit
+    match options.quantization_method:
+        case "bnb":
+            if bits == 8:
+                return transformers.BitsAndBytesConfig(load_in_8bit=True)
+            return transformers.BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+            )
+        case "hqq":
+            return transformers.HqqConfig(nbits=bits)
+        case "eetq":
+            if bits != 8:
+                raise ConfigurationError("eetq quantises to 8 bits only.", hint="Set quantization_bit to 8.")
+            return transformers.EetqConfig()
+
+
+def _scale_rope(config: Any, options: TransformersOptions) -> None:
+    """Twice the context by stretching the rotary positions, as LLaMA-Factory does for inference."""
+    if options.rope_scaling is None:
+        return
+    text_config = config.get_text_config()
+    old = getattr(text_config, "max_position_embeddings", None)
+    rope = getattr(text_config, "rope_parameters", None)
+    if not old or not isinstance(rope, dict) or "rope_theta" not in rope:
+        raise ConfigurationError("rope_scaling: this model's positions can't be scaled.")
+    rope |= {"rope_type": options.rope_scaling, "factor": 2.0}
+    if options.rope_scaling in {"dynamic", "yarn", "llama3"}:
+        rope["original_max_position_embeddings"] = old
+    if options.rope_scaling == "llama3":
+        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    text_config.rope_parameters = rope
+    text_config.max_position_embeddings = 2 * old
+
+
+def _refuse_uncached(model: Any, options: TransformersOptions) -> None:
+    """Models whose memory of the past is something else than keys and values per token can't join a padded batch."""
+    config = model.config.get_text_config()
+    foreign = set(getattr(config, "layer_types", None) or ()) - _CACHED_LAYERS
+    is_decoder = model.can_generate() or hasattr(model, "score")
+    if foreign or getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder or not is_decoder:
+        what = f"it has layers of type {', '.join(sorted(foreign))}" if foreign else "it is no decoder with a KV cache"
+        raise ConfigurationError(
+            f"The transformers engine can't batch {_label(options)!r}: {what}.", hint="Serve it with vllm or sglang."
+        )
+
+
+def _resolved(name: str, options: TransformersOptions, revision: str | None = None) -> Path:
+    return models.resolve(name, revision=revision, allow_pickle=options.allow_pickle, cache=options.cache_dir)
 
 
 def _label(options: TransformersOptions) -> str:
@@ -133,36 +234,3 @@ def _context_tokens(config: Any) -> int:
         if isinstance(value, int) and value > 0:
             return value
     return 2048
-
-
-def _fingerprint(folder: Path, dtype: torch.dtype, options: TransformersOptions) -> str:
-    """The same wherever the same files are loaded in the same way by the same versions."""
-    facts = {
-        "files": {file.name: _file_digest(file) for file in sorted(folder.iterdir()) if _matters(file)},
-        "dtype": str(dtype),
-        "quantization": [options.quantization_bit, options.quantization_method],
-        "rope_scaling": options.rope_scaling,
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-        "tokenfleet": importlib.metadata.version("tokenfleet"),
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _matters(file: Path) -> bool:
-    return file.suffix in {".safetensors", ".json", ".bin", ".model", ".jinja", ".txt"} and file.name != "README.md"
-
-
-def _file_digest(file: Path) -> str:
-    """Of the whole of a small file; of a large one its size, both ends and 62 pieces between (reading it all can take
-    longer than loading it)."""
-    size = file.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with file.open("rb") as data:
-        if size <= _HASHED_PIECES * _PIECE_BYTES:
-            digest.update(data.read())
-        else:
-            for piece in range(_HASHED_PIECES):
-                data.seek(piece * (size - _PIECE_BYTES) // (_HASHED_PIECES - 1))
-                digest.update(data.read(_PIECE_BYTES))
-    return digest.hexdigest()

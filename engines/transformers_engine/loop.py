@@ -9,16 +9,15 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from tokenfleet.engines.base import TokenChunk
-from tokenfleet.engines.transformers_engine.batch import Batch, Prefill, Row
+from tokenfleet.engines.transformers_engine.batch import Batch, Prefill, PromptPass, Row
 from tokenfleet.engines.transformers_engine.kv import BatchCache
 from tokenfleet.engines.transformers_engine.loading import LoadedModel
-from tokenfleet.engines.transformers_engine.sampling import BatchSampler, Drawn
+from tokenfleet.engines.transformers_engine.sampling import Drawn
 from tokenfleet.wire.errors import EngineDead, EngineError
 
 Outcome = TokenChunk | EngineError
@@ -30,11 +29,42 @@ _PADDING_ALLOWED = 1.25
 """Prompts share a prefill if the longest is at most this much longer than the shortest."""
 
 
-@dataclass(slots=True, eq=False)
 class ScoreWork:
-    texts_ids: list[tuple[int, ...]]
-    adapter: str | None
-    receiver: object
+    """Texts to score, a few at a time, so that chats go on in between."""
+
+    def __init__(self, texts_ids: list[tuple[int, ...]], adapter: str | None, receiver: object) -> None:
+        self.receiver = receiver
+        self._texts_ids = texts_ids
+        self._adapter = adapter
+        self._scores = [0.0] * len(texts_ids)
+        self._left = sorted(range(len(texts_ids)), key=lambda place: len(texts_ids[place]), reverse=True)
+        self._taken: list[int] = []
+        self._pass: PromptPass | None = None
+
+    def run(self, model: LoadedModel, chunk_tokens: int) -> list[float] | None:
+        """One forward pass; all scores after the last."""
+        if self._pass is None:
+            self._take(chunk_tokens)
+            prompts = [(self._texts_ids[place], self._adapter) for place in self._taken]
+            self._pass = PromptPass(prompts, model.layers, chunk_tokens)
+        rewards = self._pass.run(model.reward)
+        if rewards is None:
+            return None
+        for place, reward in zip(self._taken, rewards.tolist(), strict=True):
+            self._scores[place] = reward
+        self._pass = None
+        return None if self._left else self._scores
+
+    def _take(self, chunk_tokens: int) -> None:
+        """The next texts, of similar length, as many as a chunk holds."""
+        longest = len(self._texts_ids[self._left[-1]])
+        self._taken = []
+        while self._left:
+            length = max(longest, len(self._texts_ids[self._left[-1]]))
+            if self._taken and length * (len(self._taken) + 1) > chunk_tokens:
+                break
+            longest = length
+            self._taken.append(self._left.pop())
 
 
 class EngineLoop:
@@ -69,6 +99,8 @@ class EngineLoop:
 
     def submit(self, work: Row | ScoreWork) -> None:
         with self._wakeup:
+            if self._is_closing:
+                raise self.dead or EngineDead("The engine was closed.")
             self._inbox.append(work)
             self._wakeup.notify()
 
@@ -189,18 +221,15 @@ class EngineLoop:
 
     def _run_prefill(self, prefill: Prefill) -> None:
         try:
-            logits = prefill.run()
+            drawn = prefill.run()
         except Exception as error:
             self._fail(prefill.rows, error)
             raise
-        if logits is None:
+        if drawn is None:
             # Others get their turn: a long prompt must not keep a short one from starting.
             self._prefills.append(prefill)
             return
-        places = [prefill.place(row) for row in prefill.rows]
-        sampler = BatchSampler([row.state for row in prefill.rows], self._model.vocab_size, logits.device)
-        drawn = sampler(logits[places])
-        going_on = [row for row, token in zip(list(prefill.rows), drawn, strict=True) if self._emit(row, token)]
+        going_on = [row for row, token in zip(prefill.rows, drawn, strict=True) if self._emit(row, token)]
         if going_on:
             key = self._model.batch_key(going_on[0].sequence.adapter)
             if key not in self._batches:
@@ -233,18 +262,25 @@ class EngineLoop:
         if drawn.id < 0:
             self._out.append((row.stream, EngineError("The model's output is not a number for this request.")))
             return False
-        chunk = row.take(drawn)
+        try:
+            chunk = row.take(drawn)
+        except EngineError as error:  # its grammar is at a loss
+            self._out.append((row.stream, error))
+            return False
         self._out.append((row.stream, chunk))
         return chunk.finish_reason is None
 
     def _run_scores(self, work: ScoreWork) -> None:
-        self._scoring.popleft()
+        outcome: Any
         try:
-            outcome: Any = self._model.score(work.texts_ids, work.adapter)
+            outcome = work.run(self._model, self._chunk_tokens)
         except Exception as error:
+            self._scoring.popleft()
             self._out.append((work.receiver, _translated(error)))
             raise
-        self._out.append((work.receiver, outcome))
+        if outcome is not None:
+            self._scoring.popleft()
+            self._out.append((work.receiver, outcome))
 
     def _fail(self, rows: list[Row], error: Exception) -> None:
         self._out += [(row.stream, _translated(error)) for row in rows]

@@ -91,7 +91,7 @@ class BatchSampler:
     def __call__(self, logits: torch.Tensor) -> list[Drawn]:
         """One token per row from ``logits`` ``[rows, vocab]``, which are left as they are."""
         raw = logits.float()
-        scores = self._shaped(raw)
+        scores = self.scores(raw)
         chosen = scores.argmax(dim=-1)
         for rows, draw in (
             (self._top_k_rows, self._draw_top_k),
@@ -105,16 +105,15 @@ class BatchSampler:
         logprobs = self._logprobs(raw, ids)
         return [Drawn(token, logprobs.get(row)) for row, token in enumerate(ids)]
 
-    def _shaped(self, raw: torch.Tensor) -> torch.Tensor:
-        """Logits after bias, penalties, bars and grammars."""
+    def scores(self, raw: torch.Tensor) -> torch.Tensor:
+        """``raw`` logits (float32) after bias, penalties, bars and grammars: what greedy maximises."""
         scores = raw
         if self._bias is not None or self._repeating or self._counting or self._with_minimum or self._with_grammar:
             scores = raw.clone()
         if self._bias is not None:
             rows, ids, values = self._bias
             scores[rows, ids] += values
-        if self._repeating:
-            seen = [(row, token, 0.0) for row in self._repeating for token in self._seen(row).tolist()]
+        if seen := [(row, token, 0.0) for row in self._repeating for token in self._seen(row).tolist()]:
             rows, ids, _ = self._scatter(seen)
             penalty = self._column([state.params.repetition_penalty for state in self.states])[rows, 0]
             values = scores[rows, ids]
@@ -135,7 +134,10 @@ class BatchSampler:
         for row in self._with_grammar:
             grammar = self.states[row].grammar
             assert grammar is not None
-            scores[row].masked_fill_(~grammar.mask().to(self._device), -torch.inf)
+            allowed = grammar.mask().to(self._device)
+            if not bool((scores[row] > -torch.inf)[allowed].any()):
+                scores[row] = raw[row]  # min_tokens barred the only way on: the grammar's end
+            scores[row].masked_fill_(~allowed, -torch.inf)
         return scores
 
     def _seen(self, row: int) -> np.ndarray:

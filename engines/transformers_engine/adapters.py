@@ -1,0 +1,94 @@
+"""Adapters (peft): merged into the weights at start, or kept apart and chosen by each request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenfleet.wire.errors import ConfigurationError
+
+
+class AdapterChoice:
+    """The model with its adapters beside it; ``can_mix``: rows with different ones can share a forward pass."""
+
+    def __init__(self, model: Any, folders: Mapping[str, Path], *, allow_pickle: bool) -> None:
+        from peft import PeftModel
+
+        # peft makes module names of them, in which a dot has a meaning.
+        self._inner = {name: f"adapter{place}" for place, name in enumerate(folders)}
+        self._active: str | None = None
+        self._peft: Any = None
+        for name, folder in folders.items():
+            _check(folder, allow_pickle)
+            try:
+                if self._peft is None:
+                    self._peft = PeftModel.from_pretrained(model, folder, adapter_name=self._inner[name])
+                else:
+                    self._peft.load_adapter(folder, adapter_name=self._inner[name])
+            except (OSError, ValueError, RuntimeError, KeyError) as error:
+                raise ConfigurationError(f"The adapter {name!r} doesn't fit the model: {error}") from error
+        self._peft.eval().requires_grad_(False)
+        configs = self._peft.peft_config.values()
+        if any(config.is_prompt_learning for config in configs):
+            raise ConfigurationError("Prompt-learning adapters can't be chosen per request.", hint="Use LoRA adapters.")
+        self.can_mix = all(_is_plain_lora(config) for config in configs)
+        self._peft.base_model.disable_adapter_layers()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._inner)
+
+    def run(self, adapters: Sequence[str | None], inputs: dict[str, Any]) -> Any:
+        """The model's forward, row i with ``adapters[i]``."""
+        distinct = set(adapters)
+        if len(distinct) == 1:
+            self.activate(distinct.pop())
+            return self._peft(**inputs)
+        self._peft.base_model.enable_adapter_layers()
+        self._active = ""  # neither none nor one
+        names = [self._inner[adapter] if adapter is not None else "__base__" for adapter in adapters]
+        return self._peft(adapter_names=names, **inputs)
+
+    def activate(self, adapter: str | None) -> None:
+        """Let the model compute with ``adapter`` until told otherwise."""
+        if adapter == self._active:
+            return
+        if adapter is None:
+            self._peft.base_model.disable_adapter_layers()
+        else:
+            self._peft.base_model.enable_adapter_layers()
+            self._peft.base_model.set_adapter(self._inner[adapter], inference_mode=True)
+        self._active = adapter
+
+
+def merge(model: Any, folders: Sequence[Path], *, allow_pickle: bool) -> Any:
+    """``model`` with the adapters added to its weights, in their order."""
+    from peft import PeftModel
+
+    for folder in folders:
+        _check(folder, allow_pickle)
+        try:
+            model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+        except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+            raise ConfigurationError(f"The adapter in {folder.name!r} can't be merged: {error}") from error
+    return model
+
+
+def _check(folder: Path, allow_pickle: bool) -> None:
+    if not (folder / "adapter_config.json").is_file():
+        raise ConfigurationError(f"{folder.name!r} is no adapter: it has no adapter_config.json.")
+    if not allow_pickle and not (folder / "adapter_model.safetensors").is_file():
+        raise ConfigurationError(
+            f"The adapter {folder.name!r} has no adapter_model.safetensors.",
+            hint="Pickled weights can run code when loaded; set allow_pickle only for an adapter you trust.",
+        )
+
+
+def _is_plain_lora(config: Any) -> bool:
+    return (
+        str(getattr(config.peft_type, "value", config.peft_type)) == "LORA"
+        and not getattr(config, "use_dora", False)
+        and not getattr(config, "target_parameters", None)
+        and not getattr(config, "alora_invocation_tokens", None)
+    )
