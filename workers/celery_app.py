@@ -21,6 +21,7 @@ from redis.retry import Retry
 from tokenfleet.engines import models
 from tokenfleet.wire import urls
 from tokenfleet.wire.errors import ConfigurationError, TokenfleetError
+from tokenfleet.workers.event_pacing import EventPacing
 from tokenfleet.workers.links import send_links
 from tokenfleet.workers.pool import AsyncioPool, register_lifespan
 from tokenfleet.workers.runtime import Runtime
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 app = Celery("tokenfleet", include=["tokenfleet.workers.tasks"])
 app.config_from_object("tokenfleet.celeryconfig")
+app.steps["consumer"].add(EventPacing)
 
 _running: Runtime | None = None
 
