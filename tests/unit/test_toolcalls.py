@@ -298,6 +298,21 @@ def test_arguments_that_are_json_text_already_stay_one_object() -> None:
     assert called(parse(text, {"tools": "qwen"})) == [{"name": "f", "arguments": '{"a": 1}'}]
 
 
+@pytest.mark.parametrize("name", ["qwen", "default", "gemma4", "qwen3_5", "glm4_moe"])
+def test_a_broken_call_takes_no_good_one_with_it(name: str) -> None:
+    good = write_calls(schema.tool_format(name), [Call("f", {"a": 1})], "")
+    broken = {
+        "qwen": '<tool_call>{"name"}</tool_call>',
+        "default": "\nAction: g h\n",
+        "gemma4": "<|tool_call>call:g{a:}<tool_call|>",
+        "qwen3_5": "<tool_call>oops</tool_call>",
+        "glm4_moe": "<tool_call>g<arg_key>a</tool_call>",
+    }[name]
+    parsed = parse(good + broken, {"tools": name})
+    assert [call["name"] for call in called(parsed)] == ["f"]
+    assert (parsed.content or "").strip() == broken.strip()
+
+
 @pytest.mark.parametrize(
     "inner",
     [

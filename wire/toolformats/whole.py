@@ -62,19 +62,24 @@ _QUOTES = re.compile(r'[\s"`]*')
 
 
 def read_default(text: str, is_final: bool) -> Outcome:
-    """``Action: NAME``, ``Action Input: JSON`` up to the end of the answer; all of them count, or none."""
+    """``Action: NAME``, ``Action Input: JSON``, to the end of the answer: with text after it, or bad JSON, none counts.
+
+    What only begins like a further call ends the list."""
     if not _ACTION.match(text):
         return None if not is_final and _ACTION_START.fullmatch(text) else NoCall(len("Action:"))
     if not is_final:
         return None
     calls, at = [], 0
     while named := _ACTION.match(text, at):
-        begin = _QUOTES.match(text, named.end())
         try:
-            value, at = _decoder.raw_decode(text, begin.end() if begin else named.end())
+            value, at = _decoder.raw_decode(text, _after_quotes(text, named.end()))
             calls.append(FunctionCall(named[1], as_json(value)))
         except (ValueError, RecursionError):
             return NoCall(len(text))
-        rest = _QUOTES.match(text, at)
-        at = rest.end() if rest else at
-    return Calls(tuple(calls), len(text)) if at == len(text) else NoCall(len(text))
+        at = _after_quotes(text, at)
+    return Calls(tuple(calls), at) if at == len(text) or text.startswith("Action:", at) else NoCall(len(text))
+
+
+def _after_quotes(text: str, at: int) -> int:
+    found = _QUOTES.match(text, at)
+    return found.end() if found else at
