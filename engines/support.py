@@ -54,11 +54,7 @@ REFUSED: Mapping[str, Mapping[str, Refusal]] = {
         "length_penalty": _SCRIPTED_BEAMS,
         "response_format": Refusal("Scripted words follow no grammar.", "engines/scripted/model.py"),
     },
-    "transformers": {
-        "num_beams": _BATCH_BEAMS,
-        "length_penalty": _BATCH_BEAMS,
-        "response_format": Refusal("Grammars are not built yet.", "engines/transformers_engine/sampling.py"),
-    },
+    "transformers": {"num_beams": _BATCH_BEAMS, "length_penalty": _BATCH_BEAMS},
     "vllm": {"num_beams": _VLLM_BEAMS, "length_penalty": _VLLM_BEAMS},
     "sglang": {
         "num_beams": _SGLANG_BEAMS,
@@ -74,11 +70,13 @@ REFUSED: Mapping[str, Mapping[str, Refusal]] = {
 CONTINUATION: Mapping[str, Mapping[str, Continuation]] = {
     # Tokens follow from (prompt, seed, index) and, with penalties, from all ids before.
     "scripted": {},
-    # The draw follows from (seed, index); penalties and bars are functions of the ids so far (sampling.py).
+    # The draw follows from (seed, index); penalties and bars are functions of the ids so far (sampling.py), and a
+    # grammar reads the delivered ids first (grammar.py).
     "transformers": {},
-    # vLLM seeds a generator per request and counts these two over the request's own new ids
-    # (vllm/v1/worker/gpu_input_batch.py, vllm/v1/sample/ops/penalties.py); a grammar starts anew.
-    "vllm": {"seed": "valid", "presence_penalty": "no", "frequency_penalty": "no", "response_format": "no"},
+    # vLLM seeds a generator per request (vllm/v1/worker/gpu_model_runner.py), and a grammar starts anew
+    # (vllm/v1/structured_output). Penalties would count the request's own new ids only
+    # (vllm/v1/sample/ops/penalties.py); a continuation's are our own (engines/vllm_engine/processors.py).
+    "vllm": {"seed": "valid", "response_format": "no"},
     # SGLang's seeded draw is a hash of (seed, position in the text), so it goes on as it was
     # (python/sglang/srt/layers/sampler.py, multinomial_with_seed); its penalties count new ids only.
     "sglang": {

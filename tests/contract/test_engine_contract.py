@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
+import re
 import time
 from contextlib import aclosing
 from dataclasses import replace
@@ -312,6 +314,61 @@ async def test_every_piece_of_an_answer_can_stop_it(subject):
         assert answer.only == plain.only[: len(answer.only)]
         before = subject.tokenizer.decode(answer.only[:-1])
         assert stop not in before, "it went on past the stop string"
+
+
+# -- grammars ---------------------------------------------------------------------------------------------------------
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"ok": {"type": "boolean"}, "size": {"enum": [1, 20, 300]}},
+    "required": ["ok", "size"],
+    "additionalProperties": False,
+}
+WILD = {"temperature": 2.0, "top_p": 1.0, "top_k": -1, "max_new_tokens": 200}
+
+
+@pytest.fixture
+def grammars(subject):
+    if "response_format" in REFUSED[subject.name]:
+        pytest.skip("refused by this engine, as the table says")
+
+
+def has_form(text, wanted):
+    if wanted["type"] == "regex":
+        return re.fullmatch(wanted["pattern"], text) is not None
+    found = json.loads(text)
+    return found.keys() == {"ok", "size"} and type(found["ok"]) is bool and found["size"] in (1, 20, 300)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"type": "json_schema", "json_schema": SCHEMA},
+        {"type": "regex", "pattern": "[0-9]{3}-(ab|é){2}"},
+    ],
+    ids=lambda wanted: wanted["type"],
+)
+async def test_an_answer_has_the_form_asked_for_and_continues_in_it(subject, grammars, wanted):
+    for seed in range(5):
+        job = make_job(subject, response_format=wanted, seed=seed, **WILD)
+        whole = await run(subject, job)
+        assert whole.end.reason == "stop"
+        assert has_form(whole.text, wanted), whole.text
+        if continuation(subject.name, job.params) == "no":
+            continue
+        deltas = [event for event in whole.events if isinstance(event, Delta)]
+        for count in range(1, len(deltas), 3):
+            ids = tuple(i for delta in deltas[:count] for i in delta.ids)
+            delivered = DeliveredChoice(ids, "".join(delta.text for delta in deltas[:count]))
+            again = await run(subject, replace(job, attempt=2, delivered={0: delivered}))
+            assert has_form(again.text, wanted), again.text
+
+
+async def test_a_form_that_makes_no_sense_is_refused(subject, grammars):
+    with pytest.raises(InvalidRequest) as raised:
+        await ask(subject, response_format={"type": "regex", "pattern": "(["})
+    assert raised.value.details["param"] == "response_format"
+    assert (await ask(subject)).end.reason
 
 
 # -- logprobs ---------------------------------------------------------------------------------------------------------
