@@ -191,7 +191,12 @@ ALLOWED = {
     "tokenfleet": {"core"},
     "engines": {"core", "hf", "vllm", "sglang"},
     "workers": {"core", "hf", "local", "flower"},
+    "tests": {"core", "dev", "local", "hf", "gateway", "flower", "packaging"},
+    "bench": {"core", "dev", "local", "hf", "gateway"},
 }
+
+
+OURS = {"tokenfleet", "tests", "bench", *FOLDERS}
 
 
 def imported(folder: Path) -> dict[str, Path]:
@@ -206,7 +211,7 @@ def imported(folder: Path) -> dict[str, Path]:
                 names |= {alias.name.split(".")[0]: file for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 names[node.module.split(".")[0]] = file
-    return {n: f for n, f in names.items() if n not in sys.stdlib_module_names and n not in ("tokenfleet", *FOLDERS)}
+    return {n: f for n, f in names.items() if n not in sys.stdlib_module_names and n not in OURS}
 
 
 @pytest.mark.parametrize("folder", ALLOWED)
