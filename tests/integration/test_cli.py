@@ -424,6 +424,17 @@ def test_the_demo_at_a_terminal(shell: Shell) -> None:
         assert "Traceback" not in screen.shown
 
 
+def test_interrupting_the_demo_cancels_its_jobs(shell: Shell, served: Fleet) -> None:
+    client = served.client()
+    with terminal(*TOKENFLEET, "demo", "--tokens", "30000", env=shell.env) as screen:
+        screen.expect("jobs queued in")
+        wait_until(lambda: client.overview().models[0].running == 4, 10, "all four to run")
+        screen.type(CTRL_C)
+        assert screen.wait() == 130
+        assert "Traceback" not in screen.shown
+    wait_until(lambda: client.overview().models[0].running == 0, 10, "the jobs to be cancelled")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_the_demo_with_the_real_model(local_shell: Shell) -> None:

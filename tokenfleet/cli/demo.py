@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from tokenfleet.wire.results import ChatResult
 
 PROMPTS = (
-    "What is the capital of France? Answer in one sentence.",
-    "Name three colours of the rainbow.",
-    "Why is the sky blue? Explain it to a child.",
-    "Write two sentences about a lighthouse keeper.",
+    "What is the capital of France?",
+    "Name three fruits.",
+    "Write one sentence about the sea.",
+    "Give me one tip for better sleep.",
 )
 _COLOURS = ("cyan", "green", "yellow", "magenta")
 _LINE = 76
