@@ -217,9 +217,15 @@ class Ledger:
             raise unknown(job_id)
         return cast("State", reply[-1].decode())
 
-    async def release(self, claim: Claim) -> str:
-        """Hand a running job to the next worker, without a strike."""
-        return str((await self._run("release", claim.job_id, claim.epoch, claim.owner)).decode())
+    async def begin(self, claim: Claim) -> AppendStatus:
+        """Say that a job with one strike left runs now, alone: from here on a death is its own doing."""
+        mark = Batch(claim.job_id, claim.epoch, claim.owner, claim.seq + 1, claim.tokens, [], {"parked": ""})
+        return (await self.append([mark]))[0]
+
+    async def release(self, claim: Claim, *, died: bool = False) -> str:
+        """Hand a running job to the next worker; without a strike, unless its engine ``died`` under it."""
+        how = "died" if died else "handover"
+        return str((await self._run("release", claim.job_id, claim.epoch, claim.owner, how)).decode())
 
     async def serve(self, model: ServedModel, nonce: str, *, lease_ms: int = 3000, normal_gap_ms: int = 1500) -> str:
         """Register a served model and the leases' terms. Returns the data set's incarnation id."""

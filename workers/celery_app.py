@@ -12,6 +12,7 @@ from typing import Any
 
 from celery import Celery
 from celery.signals import task_revoked, worker_shutting_down
+from celery.worker import state
 from kombu.exceptions import KombuError
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
@@ -36,6 +37,7 @@ app.config_from_object("tokenfleet.celeryconfig")
 app.steps["consumer"].add(EventPacing)
 
 _running: Runtime | None = None
+_told_to_leave = False
 
 
 def runtime() -> Runtime:
@@ -67,6 +69,8 @@ async def _lifespan() -> AsyncIterator[None]:
         lambda is_busy: report_state("ready", detail=settings.model, models=(settings.model,), is_busy=is_busy),
         functools.partial(_follow_up, settings),
     )
+    _running.is_revoked = lambda job_id: job_id in state.revoked
+    _running.is_leaving = lambda: any(told not in (None, False) for told in (state.should_stop, state.should_terminate))
     try:
         if not settings.model:
             raise ConfigurationError(
@@ -103,11 +107,15 @@ def _revoked(request: Any = None, terminated: bool = False, **_: Any) -> None:
 
 
 @worker_shutting_down.connect
-def _drain(**_: Any) -> None:
-    """Warm shutdown: running jobs get ``grace_s``, then they are handed over. Called in a signal handler."""
+def _drain(how: str = "Warm", **_: Any) -> None:
+    """Warm shutdown: running jobs get ``grace_s``, then they are handed over; at once when told a second time.
+
+    Called in a signal handler."""
+    global _told_to_leave
     if _running is None:
         return
     hand_over = lambda: asyncio.run_coroutine_threadsafe(_running.hand_over_all(), _running.loop)  # noqa: E731
-    timer = threading.Timer(_running.settings.grace_s, hand_over)
+    is_urgent, _told_to_leave = _told_to_leave or how == "Cold", True
+    timer = threading.Timer(0.0 if is_urgent else _running.settings.grace_s, hand_over)
     timer.daemon = True
     timer.start()

@@ -28,7 +28,7 @@ from tokenfleet.wire.ledger import Claim, Ledger, checked
 from tokenfleet.wire.requests import check_size
 from tokenfleet.wire.results import ChatResult
 from tokenfleet.workers.control import ControlChannel
-from tokenfleet.workers.gate import Gate
+from tokenfleet.workers.gate import Gate, Share
 from tokenfleet.workers.guardian import Guardian
 from tokenfleet.workers.health import Progress
 from tokenfleet.workers.lease import Lease
@@ -39,6 +39,7 @@ from tokenfleet.workers.takeover import Delivered
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+_ALONE_FROM_STRIKES = 2
 
 
 @dataclass(slots=True, eq=False)
@@ -72,6 +73,8 @@ class Runtime:
         self.keys = settings.keys
         self.attempts: dict[str, Attempt] = {}
         self.is_draining = False
+        self.is_revoked: Callable[[str], bool] = lambda job_id: False
+        self.is_leaving: Callable[[], bool] = lambda: False
         self._client = connect()
         self._connect = connect
         self._on_dead_engine = on_dead_engine
@@ -117,8 +120,9 @@ class Runtime:
             self.settings.model, info.name, info.context_tokens, info.adapters, info.modalities, info.can_score,
             self.settings.template,
         )  # fmt: skip
-        self.incarnation = await self.ledger.serve(
-            model, new_id(), lease_ms=self.settings.lease.lease_ms, normal_gap_ms=self.settings.lease.normal_gap_ms
+        lease, nonce = self.settings.lease, new_id()
+        self.incarnation = await patiently(
+            lambda: self.ledger.serve(model, nonce, lease_ms=lease.lease_ms, normal_gap_ms=lease.normal_gap_ms)
         )
 
     # -- one job ------------------------------------------------------------------------------------------------------
@@ -144,11 +148,13 @@ class Runtime:
                 return False
             if attempt.handing_over:
                 return False
-            # Celery's revoke(terminate=True), or a time limit of Celery's: the same as cancel.
-            await asyncio.shield(patiently(lambda: self.ledger.cancel(job_id, "revoked")))
+            await asyncio.shield(self._cancelled_by_celery(attempt))
             raise
         except TokenfleetError as error:
-            if isinstance(error, EngineDead) and await self._release(attempt):
+            if isinstance(error, EngineDead):
+                self.is_draining = True
+                # A strike, else a job that kills engines would go round for ever.
+                await self._release(attempt, died=True)
                 self._on_dead_engine(str(error))
                 return False
             await self._fail(attempt, error)
@@ -172,6 +178,9 @@ class Runtime:
         try:
             await self._wait_for_room(job_id)
             while True:
+                if self.is_draining:
+                    await patiently(lambda: self.ledger.hold(job_id, self.lease.worker_id))  # sent again when we leave
+                    return None
                 outcome = await patiently(lambda: self.ledger.claim(job_id, self.lease.worker_id, owner))
                 if isinstance(outcome, Claim):
                     return outcome
@@ -179,8 +188,8 @@ class Runtime:
                     return None
                 await asyncio.sleep(self.settings.lease.heartbeat_s / 4)  # a lapsed lease: its thread registers again
         except asyncio.CancelledError:
-            if not self.is_draining:
-                await asyncio.shield(patiently(lambda: self.ledger.cancel(job_id, "revoked")))
+            if self.is_revoked(job_id):
+                await asyncio.shield(self.revoked(job_id))
             raise
 
     async def _wait_for_room(self, job_id: str) -> None:
@@ -189,7 +198,7 @@ class Runtime:
             return
         if await patiently(lambda: self.ledger.hold(job_id, self.lease.worker_id)):
             async with self._room:
-                await self._room.wait_for(lambda: engine.running < engine.info.slots)
+                await self._room.wait_for(lambda: engine.running < engine.info.slots or self.is_draining)
 
     async def _run(self, attempt: Attempt) -> None:
         claim, writer = attempt.claim, attempt.writer
@@ -197,7 +206,11 @@ class Runtime:
         if claim.epoch > 1:
             attempt.delivered = await self._read_log(claim)
         # One more death and it is given up: whatever happens then must be its own doing.
-        async with self._gate.alone() if claim.strikes >= 2 else self._gate.shared():
+        is_suspect = claim.strikes >= _ALONE_FROM_STRIKES
+        async with self._gate.alone() if is_suspect else self._gate.shared() as share:
+            if is_suspect and (status := await patiently(lambda: self.ledger.begin(claim))) != "ok":
+                writer.lose(status)
+                await asyncio.sleep(0)  # where it takes effect
             prepared = await self.served.prepare(request, claim, attempt.delivered)
             attempt.prompt_tokens = prepared.prompt_tokens
             fields: dict[str, str | bytes] = {}
@@ -210,18 +223,23 @@ class Runtime:
             writer.put(Started(claim.epoch, self.lease.worker_id, prepared.prompt_tokens, prepared.parser), fields)
             match request:
                 case ChatRequest():
-                    await self._chat(attempt, prepared)
+                    await self._chat(attempt, prepared, share if is_suspect else None)
                 case ScoreRequest():
                     await self._score(attempt, prepared, request.adapter)
         await writer.flushed()
 
-    async def _chat(self, attempt: Attempt, prepared: Prepared) -> None:
+    async def _chat(self, attempt: Attempt, prepared: Prepared, share: Share | None) -> None:
+        """``share``: ends being alone, to be called once the job has made progress."""
         job, delivered, writer = prepared.job, attempt.delivered, attempt.writer
         assert job is not None
         async with aclosing(generate_deltas(self.served.engine, self.served.tokenizer, job)) as events:
             async for event in events:
                 delivered.add(event)
                 writer.put(event)
+                if share is not None:
+                    await writer.flushed()
+                    share()
+                    share = None
         usage = Usage(prepared.prompt_tokens, delivered.tokens, attempt.claim.epoch)
         choices = tuple(delivered.choices[i].build(with_ids=False) for i in sorted(delivered.choices))
         result = ChatResult(attempt.claim.job_id, choices, usage, parser=prepared.parser)
@@ -283,11 +301,23 @@ class Runtime:
         with contextlib.suppress(UnknownJob):
             await patiently(lambda: self.ledger.cancel(job_id, "revoked"))
 
-    async def _release(self, attempt: Attempt) -> bool:
+    async def _cancelled_by_celery(self, attempt: Attempt) -> None:
+        """Celery cancelled the task: revoked, at a time limit (the same as cancel), or because the worker leaves."""
+        for _ in range(20):
+            if self.is_revoked(attempt.claim.job_id):
+                break
+            if self.is_draining or self.is_leaving():
+                await self._release(attempt)
+                return
+            await asyncio.sleep(0.01)  # a cold shutdown first cancels, then says so
+        with contextlib.suppress(UnknownJob):
+            await patiently(lambda: self.ledger.cancel(attempt.claim.job_id, "revoked"))
+
+    async def _release(self, attempt: Attempt, *, died: bool = False) -> bool:
         """Hand a job over; False if it is not ours any more."""
         await attempt.writer.flushed()
         attempt.handing_over = True
-        return await patiently(lambda: self.ledger.release(attempt.claim)) == "ok"
+        return await patiently(lambda: self.ledger.release(attempt.claim, died=died)) == "ok"
 
     async def hand_over_all(self) -> None:
         """Stop every running job where it is and give it to the next worker, without a strike."""
@@ -298,6 +328,8 @@ class Runtime:
             attempt.task.cancel()
         for attempt in attempts:
             await self._release(attempt)
+        async with self._room:
+            self._room.notify_all()
 
     # -- what the lease asks, from its own thread ---------------------------------------------------------------------
 

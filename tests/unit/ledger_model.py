@@ -25,6 +25,8 @@ class Job:
     tokens: int = 0
     progress: int = 0
     strikes: int = 0
+    parked: int = 0
+    """The attempt that waits for its turn to run alone."""
     last_owner: str = ""
     handed_by: set[str] = field(default_factory=set)
     is_delayed: bool = False
@@ -78,6 +80,8 @@ class Ledger:
         if job.state == "queued":
             job.state, job.owner, job.worker, job.epoch = "running", owner, worker, job.epoch + 1
             job.is_delayed = False
+            if job.strikes == MAX_STRIKES - 1:
+                job.parked = job.epoch
         return ("claimed", str(job.epoch), str(len(job.log)), str(job.tokens), str(job.strikes))
 
     def hold(self, job: Job, worker: str) -> tuple[str, ...]:
@@ -115,6 +119,8 @@ class Ledger:
         job.log += call.events[len(job.log) + 1 - call.first :]
         if call.tokens > job.tokens:
             job.tokens, job.progress = call.tokens, job.epoch
+        if not call.events:
+            job.parked = 0
         if call.final:
             job.last_owner = job.owner
             self._end(job, call.final)
@@ -128,7 +134,7 @@ class Ledger:
         self.close(job, "cancelled")
         return ("cancelled",)
 
-    def release(self, attempt: Attempt) -> str:
+    def release(self, attempt: Attempt, *, died: bool) -> str:
         job = attempt.job
         if job.is_gone:
             return "gone"
@@ -137,7 +143,10 @@ class Ledger:
         if job.state != "running" or (job.epoch, job.owner) != (attempt.epoch, attempt.owner):
             return "fenced"
         job.handed_by = {attempt.owner}  # the last one's retry is known; older ones are fenced by epoch
-        self._requeue(job)
+        if died:
+            self._strike(job)
+        else:
+            self._requeue(job)
         return "ok"
 
     def bury(self, worker: str) -> tuple[int, int]:
@@ -145,16 +154,24 @@ class Ledger:
         for job in self.jobs.values():
             if job.is_gone or job.state != "running" or job.worker != worker:
                 continue
-            job.strikes = 0 if job.progress == job.epoch else job.strikes + 1
-            if job.strikes >= MAX_STRIKES:
-                self.close(job, "failed")
+            if self._strike(job):
                 given_up += 1
             else:
-                self._requeue(job)
                 requeued += 1
         self.workers.discard(worker)
         self.held.pop(worker, None)
         return requeued, given_up
+
+    def _strike(self, job: Job) -> bool:
+        if job.progress == job.epoch:
+            job.strikes = 0
+        elif job.parked != job.epoch:
+            job.strikes += 1
+        if job.strikes >= MAX_STRIKES:
+            self.close(job, "failed")
+            return True
+        self._requeue(job)
+        return False
 
     def close(self, job: Job, state: str) -> None:
         job.log.append(state)

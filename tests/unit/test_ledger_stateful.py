@@ -182,7 +182,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def _append(self, attempt: Attempt, call: Append, *, again: bool) -> str:
         batch = Batch(
             attempt.job.id, attempt.epoch, attempt.owner, call.first, call.tokens,
-            [event.encode() for event in call.events], {}, call.final, b"{}",
+            [event.encode() for event in call.events], {} if call.events else {"parked": ""}, call.final, b"{}",
         )  # fmt: skip
         return self.same(
             lambda: self.run_script("append", 1, *batch.args())[0].decode(),
@@ -200,12 +200,20 @@ class LedgerMachine(RuleBasedStateMachine):
         )  # fmt: skip
 
     @rule(a=which, again=lost_reply)
-    def release(self, a: int, again: bool) -> None:
+    def begin(self, a: int, again: bool) -> None:
+        """A job with one strike left has its turn: from here on a death is its own doing."""
+        if (attempt := self.attempt(a)) is not None:
+            self._append(attempt, Append(attempt.seq + 1, attempt.tokens, (), ""), again=again)
+
+    @rule(a=which, died=st.booleans(), again=lost_reply)
+    def release(self, a: int, died: bool, again: bool) -> None:
         if (attempt := self.attempt(a)) is None:
             return
         self.same(
-            lambda: self.run_script("release", attempt.job.id, attempt.epoch, attempt.owner).decode(),
-            lambda: self.model.release(attempt), again=again,
+            lambda: self.run_script(
+                "release", attempt.job.id, attempt.epoch, attempt.owner, "died" if died else "handover"
+            ).decode(),
+            lambda: self.model.release(attempt, died=died), again=again,
         )  # fmt: skip
 
     @rule(w=which, error=st.integers(0, 1))

@@ -5,7 +5,8 @@
 local id, wid, owner, mode = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local job = job_key(id)
 if mode == 'claim' then redis.call('SREM', P .. 'held:' .. wid, id) end
-local f = redis.call('HMGET', job, 'state', 'owner', 'queue', 'priority', 'order', 'deadline_ms', 'epoch')
+local f = redis.call('HMGET', job, 'state', 'owner', 'queue', 'priority', 'order', 'deadline_ms', 'epoch',
+  'strikes')
 if not f[1] then return { 'gone' } end
 if has_ended(f[1]) then return { 'ended', f[1] } end
 if not redis.call('ZSCORE', P .. 'workers', wid) then return { 'unregistered' } end
@@ -25,6 +26,8 @@ if f[1] == 'queued' then
   epoch = epoch + 1
   redis.call('HSET', job, 'state', 'running', 'owner', owner, 'worker', wid, 'epoch', epoch, 'claimed_ms', NOW)
   redis.call('HSETNX', job, 'first_claimed_ms', NOW)
+  -- With one strike left it waits for its turn to run alone; until the worker says that it begins, no death is its own.
+  if num(f[8]) >= MAX_STRIKES - 1 then redis.call('HSET', job, 'parked', epoch) end
   redis.call('ZREM', P .. 'queue:' .. f[3], id)
   redis.call('ZREM', P .. 'due', id)
   redis.call('SADD', P .. 'jobs:' .. wid, id)

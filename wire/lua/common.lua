@@ -127,24 +127,34 @@ local function requeue(id)
   enqueue(id, f[1], f[2], true)
 end
 
--- A worker is dead: each of its jobs goes to the next one. A death under a job that had made no new progress is a
--- strike; the third ends it. Returns how many jobs were requeued and how many given up.
+-- A worker, or its engine, died under a running job. A death under a job that had made no new progress is a strike
+-- (unless it was only waiting for its turn to run alone); the third ends it. Else it goes to the next worker.
+-- Returns whether it was given up.
+local function strike(id, who)
+  local job = job_key(id)
+  local f = redis.call('HMGET', job, 'epoch', 'progress', 'strikes', 'parked', 'deaths')
+  local strikes = num(f[3])
+  if f[2] == f[1] then strikes = 0 elseif f[4] ~= f[1] then strikes = strikes + 1 end
+  local deaths = string.sub((f[5] or '') .. NOW .. ' ' .. who .. ' died in attempt ' .. f[1] .. '\n', -600)
+  redis.call('HSET', job, 'strikes', strikes, 'deaths', deaths)
+  if strikes < MAX_STRIKES then
+    requeue(id)
+    return false
+  end
+  redis.call('HSETNX', job, 'dead_ms', 604800000)
+  close(id, 'failed', 'poison', 'the job was given up: ' .. strikes .. ' workers died under it without a new token')
+  return true
+end
+
+-- A worker is dead: each of its jobs goes to the next one. Returns how many were requeued and how many given up.
 local function bury(wid)
   local requeued, poisoned = 0, 0
   for _, id in ipairs(redis.call('SMEMBERS', P .. 'jobs:' .. wid)) do
-    local job = job_key(id)
-    local f = redis.call('HMGET', job, 'state', 'worker', 'epoch', 'progress', 'strikes', 'deaths')
+    local f = redis.call('HMGET', job_key(id), 'state', 'worker')
     if f[1] == 'running' and f[2] == wid then
-      local strikes = 0
-      if f[4] ~= f[3] then strikes = num(f[5]) + 1 end
-      local deaths = string.sub((f[6] or '') .. NOW .. ' worker ' .. wid .. ' died in attempt ' .. f[3] .. '\n', -600)
-      redis.call('HSET', job, 'strikes', strikes, 'deaths', deaths)
-      if strikes >= MAX_STRIKES then
-        redis.call('HSETNX', job, 'dead_ms', 604800000)
-        close(id, 'failed', 'poison', 'the job was given up: ' .. strikes .. ' workers died under it without a new token')
+      if strike(id, 'worker ' .. wid) then
         poisoned = poisoned + 1
       else
-        requeue(id)
         requeued = requeued + 1
       end
     end
