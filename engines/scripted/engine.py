@@ -182,11 +182,10 @@ class ScriptedEngine:
                 record.append((run.sequence_id, run.index - 1, token_id, run.salt))
             made[run] = None
             if run.reason is None:
-                # Without a token time the next token is due at once: it waits for the next turn of the loop.
-                if run.due > now or not self.options.token_ms:
-                    again.append(run)
+                if self.options.token_ms:
+                    self._schedule(run)  # if it is still late, it comes up again in this step
                 else:
-                    self._schedule(run)
+                    again.append(run)  # its next token is due at once: in the next turn of the loop
         for run in again:
             self._schedule(run)
         self._flush(made, record)

@@ -35,6 +35,11 @@ def row_at(prompt: int, index: int) -> int:
     return mix(prompt ^ (index * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)) % ROWS
 
 
+def best_at(prompt: int, index: int) -> int:
+    """The token that greedy takes when no bias and no penalty moves it."""
+    return _BEST[row_at(prompt, index)]
+
+
 def logits_at(prompt: int, index: int, forced: int | None = None) -> dict[int, float]:
     """The model's own distribution, unnormalised. Absent ids have `UNLIKELY`."""
     row = dict(_LOGITS[row_at(prompt, index)])
@@ -75,6 +80,11 @@ class Sampler:
             ids, cumulative = distribution(logits, params.temperature, params.top_k, params.top_p, params.min_p)
         place = bisect_right(cumulative, uniform(self._seed, index) * cumulative[-1])
         return ids[min(place, len(ids) - 1)]
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it always takes `best_at`."""
+        return self._is_plain and self._params.is_greedy
 
     def count(self, token_id: int) -> None:
         """Penalties shall know that ``token_id`` was generated."""

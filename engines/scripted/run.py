@@ -10,7 +10,7 @@ from tokenfleet.engines.base import RawLogprob, Sequence
 from tokenfleet.engines.mailbox import FinishReason, Mailbox
 from tokenfleet.engines.scripted.directives import Fault, read_directives
 from tokenfleet.engines.scripted.hashing import digest
-from tokenfleet.engines.scripted.model import Sampler
+from tokenfleet.engines.scripted.model import Sampler, best_at
 from tokenfleet.engines.scripted.options import ScriptedOptions
 from tokenfleet.engines.scripted.salted import SaltedText
 from tokenfleet.engines.scripted.tokenizer import EOS, WORD_IDS, ScriptedTokenizer
@@ -23,9 +23,9 @@ class Run:
     """Makes the sequence's tokens one by one; the engine says when."""
 
     __slots__ = (
-        "_barred", "_ending", "_eos_at", "_first_due", "_logprobs", "_made", "_options", "_prompt", "_salted",
-        "_sampler", "_say", "_sequence", "_token_s", "due", "fault", "index", "is_over", "mailbox", "reason", "salt",
-        "sequence_id",
+        "_barred", "_ending", "_eos_at", "_first_due", "_first_index", "_is_simple", "_logprobs", "_made",
+        "_max_tokens", "_min_tokens", "_options", "_prompt", "_salted", "_sampler", "_say", "_sequence", "_token_s",
+        "due", "fault", "index", "is_over", "mailbox", "reason", "salt", "sequence_id",
     )  # fmt: skip
 
     def __init__(
@@ -36,7 +36,9 @@ class Run:
         self._options = options
         self.mailbox = mailbox
         self.sequence_id = sequence.sequence_id
-        self.index = len(delivered)  # of the next token
+        self.index = self._first_index = len(delivered)  # of the next token
+        self._max_tokens = sequence.max_new_tokens
+        self._min_tokens = params.min_tokens
         self.reason: FinishReason | None = None
         self.is_over = False  # left the engine
         self.due = 0.0
@@ -61,11 +63,16 @@ class Run:
         self._sampler = Sampler(self._prompt, sequence.prompt_ids, delivered, params, seed)
         self.salt: int | None = secrets.randbits(63) if options.salted else None
         self._salted = None if self.salt is None else SaltedText(sequence.prompt_ids, delivered, self.salt)
+        # Greedy and nothing else asked for: what benchmarks run, so it costs one hash.
+        self._is_simple = (
+            self._sampler.is_greedy and self._salted is None and self._eos_at is None and not params.logprobs
+            and not self._barred
+        )  # fmt: skip
 
     @property
     def is_complete(self) -> bool:
         """Whether there is nothing left to generate."""
-        return self.index >= self._sequence.max_new_tokens
+        return self.index >= self._max_tokens
 
     def begin(self, now: float) -> None:
         """It has a slot: prefill starts. ``now`` is the loop's clock, in seconds."""
@@ -75,28 +82,32 @@ class Run:
 
     def step(self) -> int:
         """Make the next token; sets ``reason`` if it is the last one."""
-        index, params = self.index, self._sequence.params
+        index = self.index
+        token_id = best_at(self._prompt, index) if self._is_simple else self._choose(index)
+        self._made.append(token_id)
+        self.index = index = index + 1
+        if token_id in self._ending and index > self._min_tokens:
+            self.reason = "stop"
+        elif index >= self._max_tokens:
+            self.reason = "length"
+        else:
+            self.due = self._first_due + (index - self._first_index) * self._token_s
+        return token_id
+
+    def _choose(self, index: int) -> int:
+        params = self._sequence.params
         forced = self._forced(index)
         if forced is not None:
             token_id = forced
         elif self._salted is not None:
             token_id = self._salted.peek()
         else:
-            token_id = self._sampler.choose(index, self._barred if index < params.min_tokens else _NOTHING)
+            token_id = self._sampler.choose(index, self._barred if index < self._min_tokens else _NOTHING)
         if self._salted is not None:
             self._salted.feed(token_id)
         self._sampler.count(token_id)
         if params.logprobs:
             self._logprobs.append(self._sampler.logprob(index, token_id, forced, params.top_logprobs))
-        self._made.append(token_id)
-        self.index = index + 1
-        if token_id in self._ending and index >= params.min_tokens:
-            self.reason = "stop"
-        elif self.index >= self._sequence.max_new_tokens:
-            self.reason = "length"
-        else:
-            made = self.index - len(self._sequence.delivered_ids)
-            self.due = self._first_due + made * self._token_s
         return token_id
 
     def _forced(self, index: int) -> int | None:
