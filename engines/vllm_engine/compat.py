@@ -1,0 +1,64 @@
+"""Where vLLM's releases differ. Run with 0.32 (CPU); the ways of 0.26 and 0.33 were read, not run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+_ENVIRONMENT = {
+    # Our logits processors are the V1 runner's; with V2 they would not be loaded.
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    # A fork of a process with an event loop, Celery's threads and open Redis connections inherits all of them.
+    "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
+    "VLLM_NO_USAGE_STATS": "1",
+    # Its top-k and top-p draw by rejection: another distribution of seeds, and it compiles at the first request.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    # Without this the engine core pins itself to cores, on a small machine to the very one that the worker runs on.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+
+
+def prepare_environment() -> None:
+    """vLLM is configured by environment variables, here and in its children; who set one has the last word."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def token_prompt(ids: list[int]) -> Any:
+    """Ready token ids as `AsyncLLM.generate` takes them without another thread's help."""
+    try:
+        from vllm.inputs import tokens_input
+    except ImportError:  # before 0.30 or so: a plain prompt
+        return {"prompt_token_ids": ids}
+    return tokens_input(ids)
+
+
+def structured_outputs(**constraint: str) -> Mapping[str, Any]:
+    """The keyword argument of `SamplingParams` that holds it to a grammar. Raises `ValueError` or vLLM's own error."""
+    from vllm.sampling_params import StructuredOutputsParams
+
+    return {"structured_outputs": StructuredOutputsParams(**constraint)}
+
+
+def request_errors() -> tuple[type[Exception], ...]:
+    """What vLLM raises for a request that is wrong. 0.26 raises plain `ValueError`s."""
+    try:
+        from vllm.exceptions import VLLMClientError
+    except ImportError:
+        return (ValueError, TypeError)
+    return (VLLMClientError, ValueError, TypeError)
+
+
+def count_steps(engine: Any, count: Callable[[], None]) -> None:
+    """Call ``count()`` whenever the engine core reports a step. `AsyncLLM` looks the method up anew for each report;
+    its public hook for this (a stat logger) makes statistics for every token of every request."""
+    core = engine.engine_core
+    original = core.get_output_async
+
+    async def get_output_async() -> Any:
+        outputs = await original()
+        count()
+        return outputs
+
+    core.get_output_async = get_output_async

@@ -1,0 +1,83 @@
+"""What a vLLM engine is loaded with. Names are LLaMA-Factory's where it has one. No vLLM in here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+OWN = frozenset(
+    {
+        "model", "tokenizer", "skip_tokenizer_init", "runner", "convert", "trust_remote_code", "dtype", "max_model_len",
+        "gpu_memory_utilization", "enforce_eager", "max_num_seqs", "enable_lora", "max_lora_rank", "logits_processors",
+        "generation_config", "override_generation_config", "logprobs_mode", "speculative_config", "load_format",
+    }
+)  # fmt: skip
+"""Arguments of vLLM that ``vllm_config`` may not name: they have an option here, or another value would change what
+a request means. Speculative decoding switches vLLM's min_p, logit_bias and our processors off."""
+
+
+def _comma_list(value: object) -> object:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return () if value is None else value
+
+
+def _json_mapping(value: object) -> object:
+    if not isinstance(value, str):
+        return {} if value is None else value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"is neither a mapping nor JSON: {error}") from error
+
+
+def _without_own(value: dict[str, Any]) -> dict[str, Any]:
+    if taken := sorted(OWN & value.keys()):
+        raise ValueError(f"may not set {taken[0]!r}, which tokenfleet sets itself")
+    return value
+
+
+class VllmOptions(BaseModel):
+    """Frozen; unknown names are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model_name_or_path: str = Field(min_length=1)
+    """A folder, a GGUF file, a hub id, or the built-in small model's name (`engines.models.resolve`)."""
+    model_revision: str | None = None
+    label: str | None = None
+    """The model's name for people and fingerprints; by default the last part of its path."""
+    adapter_name_or_path: Annotated[tuple[str, ...], BeforeValidator(_comma_list)] = Field((), max_length=1)
+    """One LoRA adapter that every request gets. vLLM merges nothing into the weights."""
+    adapter_folder: str | None = None
+    """Subfolder of each adapter's path or hub repository that holds its files."""
+    adapters: dict[str, str] = Field(default_factory=dict)
+    """Name → path or hub id of LoRA adapters that a request may choose by name."""
+    cache_dir: Path | None = None
+
+    infer_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """``auto``: float32 on a CPU, else the dtype of the checkpoint."""
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    """Load weights that are not safetensors. A pickle can run code."""
+
+    max_batch_size: int = Field(256, ge=1, le=4096)
+    """Slots: sequences decoded together (vLLM's max_num_seqs)."""
+    vllm_maxlen: int | None = Field(None, ge=1)
+    """Prompt and answer of one sequence, in tokens; None takes the model's own limit."""
+    vllm_gpu_util: float | None = Field(None, gt=0, le=1)
+    """Share of the GPU's memory; None leaves vLLM's default."""
+    vllm_enforce_eager: bool = False
+    """No CUDA graphs and no compiling: a quicker start, slower tokens."""
+    vllm_max_lora_rank: int | None = Field(None, ge=1)
+    """None: what the adapters need."""
+    vllm_config: Annotated[dict[str, Any], BeforeValidator(_json_mapping)] = Field(default_factory=dict)
+    """Further arguments of vLLM's `AsyncEngineArgs`, as they are there; a mapping or JSON text."""
+
+    def model_post_init(self, context: object) -> None:
+        _without_own(self.vllm_config)
+        if self.adapters and self.adapter_name_or_path:
+            raise ValueError("adapters and adapter_name_or_path exclude one another: vLLM applies one LoRA a request")
