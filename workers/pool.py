@@ -23,7 +23,6 @@ import logging
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, TypeVar
@@ -32,13 +31,14 @@ from celery import signals
 from celery.concurrency.base import BasePool
 from celery.exceptions import WorkerShutdown
 from celery.worker import state
-from celery.worker.control import Panel
 
 from tokenfleet.wire.errors import TokenfleetError
 from tokenfleet.workers import pool_signals
-from tokenfleet.workers.pool_hub import HubMailbox, keep_client
+from tokenfleet.workers.pool_changes import keep_client, let_revoke_cancel
+from tokenfleet.workers.pool_hub import HubMailbox
 from tokenfleet.workers.pool_job import AsyncJob, AsyncTask, Call, Job, bridge, is_async
 from tokenfleet.workers.pool_lifespan import Lifespans, register_lifespan
+from tokenfleet.workers.pool_slots import Slots
 
 __all__ = ["AsyncTask", "AsyncioPool", "register_lifespan"]
 
@@ -74,9 +74,7 @@ class AsyncioPool(BasePool):
         self.hub = HubMailbox()
         self._worker: Any = None  # Celery's, when started by its command line
         self._open: set[Job] = set()  # hub's thread: from on_apply until Celery was told the outcome
-        self._running: set[Job] = set()  # loop's thread: those that hold a slot
-        self._waiting: deque[Job] = deque()  # loop's thread
-        self._most_running = 0
+        self.slots = Slots(self.limit)  # loop's thread
         self._lifespans = Lifespans()
         self._thread: threading.Thread | None = None
         self._quit_listeners: list[Callable[[int], object]] = []
@@ -134,7 +132,7 @@ class AsyncioPool(BasePool):
         for name in self._async_tasks:
             bridge(self.app.tasks[name])
         self.threads = ThreadPoolExecutor(self.max_threads, thread_name_prefix="tokenfleet-task")
-        _let_revoke_cancel()
+        let_revoke_cancel(AsyncioPool)
         if self._worker is not None and pool_signals.is_available():
             pool_signals.watch_quit(self._on_own_quit)
         is_up = threading.Event()
@@ -142,6 +140,7 @@ class AsyncioPool(BasePool):
         self._thread.start()
         is_up.wait()
         self._enter_lifespans()
+        self.call_on_loop(self.slots.resize, self.limit)
         self._fit_consumer()
 
     def _run_loop(self, is_up: threading.Event) -> None:
@@ -210,32 +209,12 @@ class AsyncioPool(BasePool):
         )
         job = (AsyncJob if args[0] in self._async_tasks else Job)(self, call)
         self._open.add(job)
-        self.call_on_loop(self._admit, job)
+        self.call_on_loop(self.slots.admit, job)
         return job
-
-    def _admit(self, job: Job) -> None:
-        self._waiting.append(job)
-        self._fill()
-
-    def _fill(self) -> None:
-        while self._waiting and len(self._running) < self.limit:
-            job = self._waiting.popleft()
-            self._running.add(job)
-            job.start()
-        self._most_running = max(self._most_running, len(self._running))
-
-    def stop_job(self, job: Job) -> None:
-        """On the loop's thread."""
-        if job in self._running:
-            job.stop()
-        elif job in self._waiting:
-            self._waiting.remove(job)
-            Job.conclude(job)
 
     def release(self, job: Job) -> None:
         """A job is over; on the loop's thread."""
-        self._running.discard(job)
-        self._fill()
+        self.slots.release(job)
         self.hub.post(self._report, job)
 
     def _report(self, job: Job) -> None:
@@ -252,20 +231,21 @@ class AsyncioPool(BasePool):
         if n < 1:
             raise ValueError(f"Can't grow the pool by {n}.")
         self.limit += n
-        self.call_on_loop(self._fill)
+        self.call_on_loop(self.slots.resize, self.limit)
 
     def shrink(self, n: int = 1) -> None:
         """What runs finishes. Celery lowers the consumer's prefetch by as much."""
         if not 1 <= n < self.limit:
             raise ValueError(f"Can't shrink a pool of {self.limit} slots by {n}: at least one has to be left.")
         self.limit -= n
+        self.call_on_loop(self.slots.resize, self.limit)
 
     def _get_info(self) -> dict[str, Any]:
         return {
             **super()._get_info(),
-            "running": len(self._running),
-            "waiting": len(self._waiting),
-            "most-running": self._most_running,
+            "running": len(self.slots.running),
+            "waiting": len(self.slots.waiting),
+            "most-running": self.slots.most_running,
         }
 
     def _on_own_quit(self, pid: int) -> None:
@@ -280,7 +260,7 @@ class AsyncioPool(BasePool):
     def on_stop(self) -> None:
         """Warm shutdown: returns when the last task is over. A cold one that is asked for meanwhile cuts it short."""
         if state.should_terminate:  # we are in Celery's SIGQUIT handler, on top of anything: `on_terminate` comes next
-            self._cancel_all()
+            self.call_on_loop(self._stop_all)
             self.hub.wake()
             return
         while self._open and not state.should_terminate:
@@ -298,20 +278,15 @@ class AsyncioPool(BasePool):
             is_code = type(state.should_terminate) is int  # True, from Celery's own handler, isn't
             self._worker.exitcode = state.should_terminate if is_code else 1  # Celery would say 0
         self._end_process_within(self.exit_s)
-        self._cancel_all()
+        self.call_on_loop(self._stop_all)
         deadline = time.monotonic() + self.cancel_grace_s
         while self._open and (left_s := deadline - time.monotonic()) > 0:
             self.hub.turn(left_s)
         self._close(self.cold_closing_s)
 
-    def _cancel_all(self) -> None:
-        def cancel() -> None:
-            while self._waiting:
-                self.hub.post(self._open.discard, self._waiting.popleft())
-            for job in tuple(self._running):
-                job.stop()
-
-        self.call_on_loop(cancel)
+    def _stop_all(self) -> None:
+        for job in self.slots.stop_all():
+            self.hub.post(self._open.discard, job)
 
     def _close(self, limit_s: float) -> None:
         if self._is_closed or self._thread is None:
@@ -339,7 +314,7 @@ class AsyncioPool(BasePool):
             time.sleep(limit_s)
             logger.critical("The process does not exit by itself %g s after its shutdown: ending it", limit_s)
             logging.shutdown()
-            os._exit(1)
+            os._exit(self._worker.exitcode or 1)
 
         threading.Thread(target=end, name="tokenfleet-exit", daemon=True).start()
 
@@ -355,22 +330,3 @@ class AsyncioPool(BasePool):
 
 def _is_told(flag: Any) -> bool:
     return flag is not None and flag is not False  # 0 is an exit code: it means yes
-
-
-def _let_revoke_cancel() -> None:
-    """A plain ``revoke`` of a task that already runs here (or waits for a slot) means: cancel it.
-
-    Celery itself only does so with ``terminate=True``: killing a process is drastic; cancelling a coroutine isn't.
-    """
-    celery_revoke = Panel.data["revoke"]
-    if getattr(celery_revoke, "cancels_coroutines", False):
-        return
-
-    def revoke(node: Any, task_id: Any, terminate: bool = False, signal: Any = None, **kwargs: Any) -> Any:
-        ids = [task_id] if isinstance(task_id, str) else list(task_id or ())
-        if isinstance(node.consumer.pool, AsyncioPool) and any(i in state.requests for i in ids):
-            terminate = True
-        return celery_revoke(node, ids, terminate=terminate, signal=signal, **kwargs)
-
-    revoke.cancels_coroutines = True  # type: ignore[attr-defined]
-    Panel.data["revoke"] = revoke

@@ -13,11 +13,8 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
-
-from kombu.transport.redis import Channel as RedisChannel
 
 logger = logging.getLogger(__name__)
 
@@ -101,21 +98,3 @@ class HubMailbox:
             call(*args)
         except Exception:  # one task's callback must not end the worker
             logger.exception("A callback of Celery failed: %r", call)
-
-
-def keep_client(channel: Any) -> None:
-    """Have kombu's Redis channel write its book of unacked messages through one client object.
-
-    It makes a new one for every delivery and every ack (the connections are pooled, the objects are not): a fifth of
-    the CPU that a worker spends on a no-op task.
-    """
-    if not isinstance(channel, RedisChannel):
-        return
-    redis_channel: Any = channel  # kombu has no types
-    kept = redis_channel._create_client()
-
-    @contextmanager
-    def conn_or_acquire(client: Any = None) -> Iterator[Any]:
-        yield client or kept
-
-    redis_channel.conn_or_acquire = conn_or_acquire

@@ -88,7 +88,7 @@ class Job:
 
     def terminate(self, signal: object = None) -> None:
         """Celery's revoke(terminate=True), and its cancelling of active requests at a cold shutdown. Any thread."""
-        self.pool.call_on_loop(self.pool.stop_job, self)
+        self.pool.call_on_loop(self.pool.slots.stop, self)
 
     def start(self) -> None:
         self.pool.threads.submit(self._run)

@@ -74,6 +74,9 @@ async def outer() -> AsyncIterator[None]:
                 await asyncio.sleep(3600)
             finally:
                 say("start cancelled")
+        case "load in a thread":
+            say("starting")
+            await asyncio.to_thread(blocking_gate, "never")
         case int(slots):
             pool.set_slots(slots)
     say("outer entered on", threading.current_thread().name)

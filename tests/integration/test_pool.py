@@ -358,6 +358,13 @@ def test_a_signal_ends_a_start_that_takes_long(start_pool_worker: StartWorker, n
     assert "start cancelled" in worker.said
 
 
+def test_a_load_in_a_thread_does_not_hold_up_the_end_of_a_start(start_pool_worker: StartWorker) -> None:
+    worker = start_pool_worker(start="load in a thread", is_ready=False)
+    worker.hears("starting")
+    worker.signal(signal.SIGTERM)
+    assert worker.exits() == 1  # ended by the pool: Python would wait for the thread
+
+
 # -- stop ---------------------------------------------------------------------------------------------------------
 
 
@@ -390,6 +397,18 @@ def test_a_cold_shutdown_cancels_and_gives_messages_back(start_pool_worker: Star
     assert worker.exits() == 1
     assert {"cancelled a", "cancelled b", "inner left", "outer left"} <= set(worker.said)
     assert (worker.held(), worker.queued()) == (0, 2)
+
+
+def test_a_cold_shutdown_gives_back_what_waited_for_a_slot(start_pool_worker: StartWorker) -> None:
+    worker = start_pool_worker(slots=1)
+    worker.send("wait", "due", eta=datetime.now(UTC) + timedelta(seconds=1))
+    worker.send("wait", "a")
+    until(lambda: worker.inspect("stats")["pool"]["waiting"] == 1)
+    worker.signal(signal.SIGQUIT)
+    assert worker.exits() == 1
+    assert (worker.held(), worker.queued()) == (0, 2)
+    assert "started due" not in worker.said
+    assert "left behind" not in worker.log.read_text()
 
 
 def test_a_cold_shutdown_cuts_a_warm_one_short(start_pool_worker: StartWorker) -> None:
