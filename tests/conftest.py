@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,15 @@ _FOLDERS = {
     "browser": ("browser", 120),
     "compose": ("compose", 1800),
 }
+
+
+def pytest_configure() -> None:
+    # A shell starts background jobs with these ignored, and children inherit that: Ctrl-C could not be tested then.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in (signal.SIGQUIT, signal.SIGHUP):
+        if signal.getsignal(name) == signal.SIG_IGN:
+            signal.signal(name, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
