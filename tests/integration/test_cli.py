@@ -356,7 +356,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(shell: Shell, served: Fleet
     with terminal(*TOKENFLEET, "chat", "--max_new_tokens", "30000", env=shell.env) as screen:
         screen.expect("User: ")
         screen.type("tell me everything\r")
-        screen.expect(r"Assistant: .{20}")
+        screen.expect(r"Assistant: [\s\S]{20}")
         wait_until(lambda: client.overview().models[0].running == 1, 10, "the worker to say that it runs one")
         screen.type(CTRL_C)
         screen.expect(r"\(stopped\)")
