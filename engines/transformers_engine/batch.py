@@ -13,6 +13,9 @@ from tokenfleet.engines.base import Sequence, TokenChunk
 from tokenfleet.engines.transformers_engine.kv import BatchCache
 from tokenfleet.engines.transformers_engine.sampling import BatchSampler, Drawn, SamplingState
 
+_PADDING_ALLOWED = 1.25
+"""Prompts are read together if the longest is at most this much longer than the shortest."""
+
 Adapters = Rows[str | None]
 Prompt = tuple[tuple[int, ...], str | None]
 """Token ids and the adapter they are read with."""
@@ -41,11 +44,13 @@ class Row:
     sequence: Sequence
     state: SamplingState
     stream: object
+    is_suspect: bool = False
+    """Was in a pass that failed: from then on it gets a batch of its own."""
 
     @property
     def prefix(self) -> tuple[int, ...]:
-        """What has to be in the cache before the next token can be drawn."""
-        return (*self.sequence.prompt_ids, *self.sequence.delivered_ids)
+        """What has to be in the cache before the next token can be drawn: also after a batch was lost."""
+        return (*self.sequence.prompt_ids, *self.state.ids)
 
     @property
     def reserved_tokens(self) -> int:
@@ -80,7 +85,7 @@ class PromptPass:
         """Read the next chunk. After the last one: what ``forward`` gave for the last column."""
         done = self.cache.window.length
         columns = min(self._step, self._columns - done)
-        self.cache.make_room(columns)
+        self.cache.make_room(self._columns - done)
         mask, positions = self.cache.padding_mask(columns), self.cache.positions(columns)
         out = forward(self._ids[:, done : done + columns], mask, positions, self.cache, self._adapters)
         self.cache.advance(columns)
@@ -113,6 +118,23 @@ class Prefill:
     def place(self, row: Row) -> int:
         """The row of ``cache`` that is ``row``'s prompt."""
         return self._places[id(row)]
+
+
+def prefill_groups(rows: list[Row], key: Callable[[Row], object], model: Model, chunk_tokens: int) -> list[Prefill]:
+    """``rows`` in prefills of equal keys and similar lengths, none larger than a chunk unless one prompt alone is."""
+    groups: list[tuple[object, set[Prompt], list[Row]]] = []
+    for row in sorted(rows, key=lambda row: len(row.prefix)):
+        prompt, own_key = (row.prefix, row.sequence.adapter), key(row)
+        if groups:
+            last_key, prompts, members = groups[-1]
+            length, shortest = len(row.prefix), len(members[0].prefix)
+            fits = length <= shortest * _PADDING_ALLOWED + 8 and (len(prompts) + 1) * length <= chunk_tokens
+            if own_key == last_key and (fits or prompt in prompts):
+                prompts.add(prompt)
+                members.append(row)
+                continue
+        groups.append((own_key, {prompt}, [row]))
+    return [Prefill(members, model, chunk_tokens) for _, _, members in groups]
 
 
 class Batch:

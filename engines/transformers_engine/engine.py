@@ -17,14 +17,16 @@ import transformers
 from tokenfleet.engines.base import EngineInfo, Sequence, TokenChunk
 from tokenfleet.engines.mailbox import Mailbox
 from tokenfleet.engines.stopping import ending_ids
+from tokenfleet.engines.support import check_supported
 from tokenfleet.engines.transformers_engine.batch import PromptPass, Row
 from tokenfleet.engines.transformers_engine.grammar import GrammarCompiler
 from tokenfleet.engines.transformers_engine.kv import BatchCache
 from tokenfleet.engines.transformers_engine.loading import LoadedModel, load
-from tokenfleet.engines.transformers_engine.loop import Deliveries, EngineLoop, ScoreWork
+from tokenfleet.engines.transformers_engine.loop import Deliveries, EngineLoop
 from tokenfleet.engines.transformers_engine.options import TransformersOptions
 from tokenfleet.engines.transformers_engine.sampling import SamplingState
-from tokenfleet.wire.errors import ContextLengthExceeded, EngineDead, EngineError, InvalidRequest
+from tokenfleet.engines.transformers_engine.scoring import ScoreWork
+from tokenfleet.wire.errors import ConfigurationError, ContextLengthExceeded, EngineDead, EngineError, InvalidRequest
 
 _SHARE_OF_FREE_MEMORY = 0.3
 
@@ -116,7 +118,7 @@ class TransformersEngine:
             version=transformers.__version__,
             model=options.label or options.model_name_or_path.rstrip("/").rsplit("/", 1)[-1],
             fingerprint=model.fingerprint,
-            context_tokens=context,
+            context_tokens=min(context, budget),
             slots=options.max_batch_size,
             vocab_size=model.vocab_size,
             adapters=model.adapters,
@@ -130,7 +132,6 @@ class TransformersEngine:
             chunk_tokens=options.prefill_chunk_tokens or (128 if on_cpu else 2048),
             deliver=deliver,
         )
-        self._budget_tokens = budget
         self._grammars = GrammarCompiler(model.tokenizer, model.vocab_size)
         return self._loop
 
@@ -176,7 +177,7 @@ class TransformersEngine:
         prompt_tokens = len(sequence.prompt_ids)
         if not prompt_tokens:
             raise InvalidRequest("The prompt has no tokens.", param="prompt")
-        room = min(info.context_tokens, self._budget_tokens)
+        room = info.context_tokens
         if prompt_tokens + sequence.max_new_tokens > room:
             raise ContextLengthExceeded(
                 f"The prompt has {prompt_tokens} tokens; with {sequence.max_new_tokens} new ones that is more than "
@@ -196,10 +197,7 @@ class TransformersEngine:
         self._refuse_unknown_adapter(sequence.adapter)
         if sequence.media:
             raise InvalidRequest("This model takes text only.", code="unsupported_parameter", param="media")
-        if params.num_beams > 1:
-            raise InvalidRequest(
-                "Beam search is not offered by this engine.", code="unsupported_parameter", param="num_beams"
-            )
+        check_supported("transformers", params)
 
     def _refuse_unknown_adapter(self, adapter: str | None) -> None:
         names = self.info.adapters
@@ -278,9 +276,14 @@ def _already_over(sequence: Sequence) -> TokenChunk | None:
 
 def _warm_up(model: LoadedModel) -> int:
     """Compute something once, so that the first request doesn't pay for it. Gives the cache's bytes per token."""
-    with torch.inference_mode():
-        warm = PromptPass([((1,) * 8, None)], model.layers, 8)
-        warm.run(model.forward if model.can_generate else model.reward)
+    warm = PromptPass([((1,) * 8, None)], model.layers, 8)
+    try:
+        with torch.inference_mode():
+            warm.run(model.first_pass)
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise ConfigurationError(
+            f"The model can't be batched: {type(error).__name__}: {error}", hint="Serve it with vllm or sglang."
+        ) from error
     return warm.cache.bytes_per_token
 
 

@@ -14,6 +14,7 @@ import transformers
 from tokenfleet.engines import models
 from tokenfleet.engines.transformers_engine.adapters import AdapterChoice, merge
 from tokenfleet.engines.transformers_engine.attention import use_grouped_sdpa
+from tokenfleet.engines.transformers_engine.batch import Forward
 from tokenfleet.engines.transformers_engine.fingerprint import fingerprint
 from tokenfleet.engines.transformers_engine.kv import BatchCache
 from tokenfleet.engines.transformers_engine.options import TransformersOptions
@@ -79,6 +80,11 @@ class LoadedModel:
         out = self.model.base_model(**self._inputs(ids, mask, positions, cache))
         return self._head(out.last_hidden_state[:, -1])
 
+    @property
+    def first_pass(self) -> Forward:
+        """The pass to try whether the model computes at all."""
+        return self.forward if self.can_generate else self.reward
+
     def _inputs(
         self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: BatchCache
     ) -> dict[str, Any]:
@@ -122,7 +128,7 @@ def load(options: TransformersOptions) -> LoadedModel:
         )
     model = merge(model, merged, allow_pickle=options.allow_pickle)
     model.eval().requires_grad_(False)
-    head = find_value_head([*merged, folder]) if model.can_generate() else classifier_head(model)
+    head = find_value_head([*reversed(merged), folder]) if model.can_generate() else classifier_head(model)
     choice = AdapterChoice(model, chosen, allow_pickle=options.allow_pickle) if chosen else None
     dtype = model.dtype
     if options.flash_attn == "auto":

@@ -14,57 +14,19 @@ from typing import Any
 import torch
 
 from tokenfleet.engines.base import TokenChunk
-from tokenfleet.engines.transformers_engine.batch import Batch, Prefill, PromptPass, Row
+from tokenfleet.engines.transformers_engine.batch import Batch, Prefill, PromptPass, Row, prefill_groups
 from tokenfleet.engines.transformers_engine.kv import BatchCache
 from tokenfleet.engines.transformers_engine.loading import LoadedModel
 from tokenfleet.engines.transformers_engine.sampling import Drawn
+from tokenfleet.engines.transformers_engine.scoring import ScoreWork
 from tokenfleet.wire.errors import EngineDead, EngineError
 
 Outcome = TokenChunk | EngineError
 Deliveries = list[tuple[Any, Any]]
 """(receiver, outcome): a chunk or an error for a sequence, scores or an error for a scoring job."""
 
-_FAILURES_UNTIL_DEAD = 3
-_PADDING_ALLOWED = 1.25
-"""Prompts share a prefill if the longest is at most this much longer than the shortest."""
-
-
-class ScoreWork:
-    """Texts to score, a few at a time, so that chats go on in between."""
-
-    def __init__(self, texts_ids: list[tuple[int, ...]], adapter: str | None, receiver: object) -> None:
-        self.receiver = receiver
-        self._texts_ids = texts_ids
-        self._adapter = adapter
-        self._scores = [0.0] * len(texts_ids)
-        self._left = sorted(range(len(texts_ids)), key=lambda place: len(texts_ids[place]), reverse=True)
-        self._taken: list[int] = []
-        self._pass: PromptPass | None = None
-
-    def run(self, model: LoadedModel, chunk_tokens: int) -> list[float] | None:
-        """One forward pass; all scores after the last."""
-        if self._pass is None:
-            self._take(chunk_tokens)
-            prompts = [(self._texts_ids[place], self._adapter) for place in self._taken]
-            self._pass = PromptPass(prompts, model.layers, chunk_tokens)
-        rewards = self._pass.run(model.reward)
-        if rewards is None:
-            return None
-        for place, reward in zip(self._taken, rewards.tolist(), strict=True):
-            self._scores[place] = reward
-        self._pass = None
-        return None if self._left else self._scores
-
-    def _take(self, chunk_tokens: int) -> None:
-        """The next texts, of similar length, as many as a chunk holds."""
-        longest = len(self._texts_ids[self._left[-1]])
-        self._taken = []
-        while self._left:
-            length = max(longest, len(self._texts_ids[self._left[-1]]))
-            if self._taken and length * (len(self._taken) + 1) > chunk_tokens:
-                break
-            longest = length
-            self._taken.append(self._left.pop())
+_IDLE_CHUNKS = 4
+"""A chunk is this much larger while nobody waits for a decode step."""
 
 
 class EngineLoop:
@@ -78,6 +40,8 @@ class EngineLoop:
         deliver: Callable[[Deliveries], None],
     ) -> None:
         self.steps = 0
+        self.running = 0
+        """Sequences that hold a slot; set between phases, so that none is counted twice on its way into a batch."""
         self.dead: EngineDead | None = None
         self._model = model
         self._slots = slots
@@ -93,7 +57,6 @@ class EngineLoop:
         self._prefills: deque[Prefill] = deque()
         self._batches: dict[object, Batch] = {}
         self._out: Deliveries = []
-        self._failures = 0
 
     # Called from other threads.
 
@@ -115,12 +78,6 @@ class EngineLoop:
             self._wakeup.notify()
 
     @property
-    def running(self) -> int:
-        return sum(len(prefill.rows) for prefill in list(self._prefills)) + sum(
-            len(batch.rows) for batch in list(self._batches.values())
-        )
-
-    @property
     def held_tokens(self) -> int:
         """Tokens there is cache memory for now."""
         return sum(batch.held_tokens for batch in list(self._batches.values())) + sum(
@@ -135,9 +92,9 @@ class EngineLoop:
             while self._take_in():
                 try:
                     self._step()
-                    self._failures = 0
                 except Exception as error:  # noqa: BLE001  # the outermost frame of a step: the thread must live on
                     self._survive(error)
+                self._count()
                 self._hand_out()
                 if self.dead:
                     break
@@ -155,6 +112,7 @@ class EngineLoop:
             (self._waiting if isinstance(work, Row) else self._scoring).append(work)  # type: ignore[arg-type]
         if aborted:
             self._remove(aborted)
+            self._count()
         return not self._is_closing
 
     @property
@@ -170,13 +128,15 @@ class EngineLoop:
         for batch in self._batches.values():
             for row in [row for row in batch.rows if row.stream in receivers]:
                 batch.leave(row)
-        self._forget_empty()
+        self._batches = {key: batch for key, batch in self._batches.items() if batch.rows}
 
     def _step(self) -> None:
         self._admit()
+        self._count()
         if self._prefills:
-            self._run_prefill(self._prefills.popleft())
+            self._run_prefill(self._prefills[0])
             self.steps += 1
+            self._count()
             self._hand_out()
         for batch in list(self._batches.values()):
             self._decode(batch)
@@ -198,69 +158,71 @@ class EngineLoop:
             row = self._waiting.popleft()
             running.append(row)
             admitted.append(row)
-        self._prefills.extend(self._groups(admitted))
-
-    def _groups(self, rows: list[Row]) -> list[Prefill]:
-        """Prefills of rows with similar lengths, none larger than a chunk unless a single prompt is."""
-        chunk = self._chunk_tokens if self._batches else 4 * self._chunk_tokens
-        groups: list[list[Row]] = []
-        keys: list[tuple[object, set[object]]] = []
-        for row in sorted(rows, key=lambda row: len(row.prefix)):
-            key = self._model.batch_key(row.sequence.adapter)
-            if groups and keys[-1][0] == key:
-                distinct = keys[-1][1] | {(row.prefix, row.sequence.adapter)}
-                shortest = len(groups[-1][0].prefix)
-                is_similar = len(row.prefix) <= shortest * _PADDING_ALLOWED + 8
-                if len(distinct) == len(keys[-1][1]) or (is_similar and len(distinct) * len(row.prefix) <= chunk):
-                    groups[-1].append(row)
-                    keys[-1] = (key, distinct)
-                    continue
-            groups.append([row])
-            keys.append((key, {(row.prefix, row.sequence.adapter)}))
-        return [Prefill(group, self._model, chunk) for group in groups]
+        chunk = self._chunk_tokens if self._batches else _IDLE_CHUNKS * self._chunk_tokens
+        self._prefills.extend(prefill_groups(admitted, self._key, self._model, chunk))
 
     def _run_prefill(self, prefill: Prefill) -> None:
         try:
             drawn = prefill.run()
         except Exception as error:
-            self._fail(prefill.rows, error)
+            self._prefills.popleft()
+            self._try_apart(prefill.rows, error)
             raise
         if drawn is None:
             # Others get their turn: a long prompt must not keep a short one from starting.
-            self._prefills.append(prefill)
+            self._prefills.rotate(-1)
             return
         going_on = [row for row, token in zip(prefill.rows, drawn, strict=True) if self._emit(row, token)]
-        if going_on:
-            key = self._model.batch_key(going_on[0].sequence.adapter)
-            if key not in self._batches:
-                self._batches[key] = Batch(self._model)
-            self._batches[key].join(prefill, going_on)
+        self._prefills.popleft()
+        if not going_on:
+            return
+        batch = self._batches.setdefault(self._key(going_on[0]), Batch(self._model))
+        try:
+            batch.join(prefill, going_on)
+        except Exception as error:
+            self._forget(batch)
+            self._try_apart([*batch.rows, *going_on], error)
+            raise
 
     def _decode(self, batch: Batch) -> None:
         try:
             drawn = batch.decode()
         except Exception as error:
-            victims = list(batch.rows)
-            if _is_out_of_memory(error):
-                # The cache is as before the step: without the largest row the others can go on.
-                victims = [max(victims, key=lambda row: row.reserved_tokens)]
-            self._fail(victims, error)
-            for row in victims:
-                batch.leave(row)
-            self._forget_empty()
+            self._forget(batch)
+            self._try_apart(batch.rows, error)
             raise
         for row, token in zip(list(batch.rows), drawn, strict=True):
             if not self._emit(row, token):
                 batch.leave(row)
-        self._forget_empty()
+        if not batch.rows:
+            self._forget(batch)
 
-    def _forget_empty(self) -> None:
-        self._batches = {key: batch for key, batch in self._batches.items() if batch.rows}
+    def _key(self, row: Row) -> object:
+        """Rows with equal keys may share a batch."""
+        return row if row.is_suspect else self._model.batch_key(row.sequence.adapter)
+
+    def _try_apart(self, rows: list[Row], error: Exception) -> None:
+        """After a failed pass: all but whoever is to blame go on, from their prompts and the tokens they have.
+
+        For want of memory the largest has to go; for any other reason each is tried alone, and fails alone."""
+        if len(rows) == 1:
+            self._fail(rows, error)
+        elif _is_out_of_memory(error):
+            largest = max(rows, key=lambda row: row.reserved_tokens)
+            self._fail([largest], error)
+            self._waiting.extendleft(row for row in reversed(rows) if row is not largest)
+        else:
+            for row in rows:
+                row.is_suspect = True
+            self._prefills.extend(Prefill([row], self._model, self._chunk_tokens) for row in rows)
+
+    def _forget(self, batch: Batch) -> None:
+        self._batches = {key: other for key, other in self._batches.items() if other is not batch}
 
     def _emit(self, row: Row, drawn: Drawn) -> bool:
         """Hand a token to its receiver; False if the sequence is over."""
         if drawn.id < 0:
-            self._out.append((row.stream, EngineError("The model's output is not a number for this request.")))
+            self._out.append((row.stream, EngineError("The model gave no usable output for this request.")))
             return False
         try:
             chunk = row.take(drawn)
@@ -286,12 +248,13 @@ class EngineLoop:
         self._out += [(row.stream, _translated(error)) for row in rows]
 
     def _survive(self, error: Exception) -> None:
-        """Whom a failed step belonged to has been told; decide whether the next can work."""
-        self._failures += 1
-        is_sticky = "CUDA error" in str(error) or isinstance(error, torch.AcceleratorError)
-        if (is_sticky and not _is_out_of_memory(error)) or self._failures >= _FAILURES_UNTIL_DEAD:
-            self.dead = EngineDead(f"The transformers engine stopped: {type(error).__name__}: {error}")
-            self.dead.__cause__ = error
+        """Whom a failed pass belonged to has been dealt with; find out whether the model still works at all."""
+        try:
+            PromptPass([((1,), None)], self._model.layers, 8).run(self._model.first_pass)
+        except Exception as still:  # noqa: BLE001  # whatever it is, nothing can be computed any more
+            if not _is_out_of_memory(still):
+                self.dead = EngineDead(f"The transformers engine can't compute any more: {type(still).__name__}.")
+                self.dead.__cause__ = error
 
     def _end_all(self, outcome: Outcome) -> None:
         with self._wakeup:
@@ -308,6 +271,11 @@ class EngineLoop:
         self._scoring.clear()
         self._prefills.clear()
         self._batches = {}
+        self.running = 0
+
+    def _count(self) -> None:
+        prefilling = sum(len(prefill.rows) for prefill in self._prefills)
+        self.running = prefilling + sum(len(batch.rows) for batch in self._batches.values())
 
     def _hand_out(self) -> None:
         if self._out:

@@ -47,7 +47,7 @@ class SamplingState:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """``id`` is -1 if the row's logits were not numbers."""
+    """``id`` is -1 if there was nothing to choose from: the row's logits were not numbers, or all were barred."""
 
     id: int
     logprob: RawLogprob | None = None
@@ -100,7 +100,7 @@ class BatchSampler:
         ):
             if rows:
                 chosen[rows] = draw(scores[rows] if len(rows) < len(scores) else scores, rows)
-        is_number = ~scores.amax(dim=-1).isnan()
+        is_number = scores.amax(dim=-1).isfinite()
         ids = torch.where(is_number, chosen, -1).tolist()
         logprobs = self._logprobs(raw, ids)
         return [Drawn(token, logprobs.get(row)) for row, token in enumerate(ids)]

@@ -11,6 +11,8 @@ from tests.small_tokenizers import byte_level
 from tokenfleet.engines import models
 
 VOCAB = 400
+NEVER_BEST = [398, 399]
+"""Ids that the small Llama never chooses by itself."""
 _SIZE = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.3, "pad_token_id": 0,
@@ -58,9 +60,11 @@ def save(family: str, folder: Path, *, poisoned_id: int | None = None):
     """Save a model and its tokenizer to ``folder``; gives the plain model to compare with."""
     torch.manual_seed(3)
     model = hf.AutoModelForCausalLM.from_config(FAMILIES[family]()).eval().float()
-    if poisoned_id is not None:
+    if family == "llama":
         with torch.no_grad():
-            model.get_input_embeddings().weight[poisoned_id] = torch.nan
+            model.lm_head.weight[NEVER_BEST] = 0  # a logit of 0, where the best is always above
+            if poisoned_id is not None:
+                model.get_input_embeddings().weight[poisoned_id] = torch.nan
     return _saved(model, folder)
 
 

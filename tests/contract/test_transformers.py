@@ -300,6 +300,34 @@ async def test_a_request_that_fails_leaves_its_neighbours_alone(tmp_path):
         await engine.check()
 
 
+async def test_a_pass_that_fails_costs_only_the_request_to_blame(tmp_path):
+    """Forward passes that raise, in prefill and in decode, with others in the same batch."""
+    model = small_models.save("llama", tmp_path)
+    async with started(tmp_path) as engine:
+
+        def fail(module, args):
+            if (args[0] == 398).any():
+                raise RuntimeError("no such luck")
+
+        engine._loaded.model.get_input_embeddings().register_forward_pre_hook(fail)
+        good = [sequence(prompt(10 + i, i), new=30, **GREEDY) for i in range(5)]
+        in_prefill = sequence([*prompt(10), 398], new=8)
+        in_decode = sequence(prompt(12), new=8, logit_bias={398: 100})
+        tasks = [asyncio.create_task(answer(engine, each)) for each in (*good[:3], in_prefill, in_decode)]
+        await until(lambda: engine.running == 5)
+        tasks += [asyncio.create_task(answer(engine, each)) for each in good[3:]]
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [type(result) for result in results[3:5]] == [EngineError] * 2
+        for each, (ids, _) in zip(good, results[:3] + results[5:], strict=True):
+            assert_best(model, each.prompt_ids, ids)
+        await engine.check()
+        engine._loaded.model.get_input_embeddings().register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(EngineError):
+            await answer(engine, sequence([5]))
+        with pytest.raises(EngineDead):
+            await engine.check()
+
+
 async def test_closing_cancels_what_runs_and_what_waits(tmp_path):
     small_models.save("llama", tmp_path)
     async with started(tmp_path, max_batch_size=2) as engine:

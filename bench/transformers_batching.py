@@ -1,0 +1,189 @@
+"""The transformers engine against transformers' own static batch and continuous batching, all in one run.
+
+    python -m bench.transformers_batching [--rounds 3] [--chats 16] [--own-continuous] [--threads N]
+
+Chats of one length (128 new tokens) and of mixed lengths (32 to 256), greedy, float32, SmolLM2-135M, with as many
+slots as chats. Rounds alternate between the sides, so a busy machine slows both; CPU seconds, which it slows less, are
+printed beside the wall clock. Only tokens that a chat asked for count: a static batch goes on until its last is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import platform
+import statistics
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+
+from tokenfleet.engines import models
+from tokenfleet.engines.base import Sequence
+from tokenfleet.engines.transformers_engine import TransformersEngine, TransformersOptions
+from tokenfleet.wire.chat import GenerationParams
+
+MODEL = "smollm2-135m-instruct"
+
+
+@dataclass(frozen=True)
+class Chat:
+    ids: tuple[int, ...]
+    tokens: int
+
+
+@dataclass
+class Times:
+    wall_s: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+    first_token_s: list[float] = field(default_factory=list)
+
+    def line(self, name: str, tokens: int, against: Times | None) -> str:
+        wall, cpu = statistics.median(self.wall_s), statistics.median(self.cpu_s)
+        spread = f"{tokens / max(self.wall_s):.1f}-{tokens / min(self.wall_s):.1f}"
+        text = f"  {name:<34}{tokens / wall:>8.1f} tok/s ({spread}){1000 * cpu / tokens:>9.1f} CPU-ms/token"
+        if self.first_token_s:
+            text += f"   first token {statistics.median(self.first_token_s):.2f} s"
+        if against is not None and against is not self:
+            ratio = statistics.median(theirs / mine for mine, theirs in zip(self.wall_s, against.wall_s, strict=True))
+            text += f"   {ratio:.2f}x static (CPU {statistics.median(against.cpu_s) / cpu:.2f}x)"
+        return text
+
+
+async def timed(times: Times, run: Callable[[], Awaitable[int]], tokens: int) -> None:
+    wall, cpu = time.perf_counter(), time.process_time()
+    made = await run()
+    times.wall_s.append(time.perf_counter() - wall)
+    times.cpu_s.append(time.process_time() - cpu)
+    assert made >= tokens, f"{made} tokens instead of {tokens}"
+
+
+async def by_engine(engine: TransformersEngine, chats: list[Chat], times: Times, **params: Any) -> int:
+    start = time.perf_counter()
+
+    async def one(place: int, chat: Chat) -> int:
+        wanted = GenerationParams(max_new_tokens=chat.tokens, ignore_eos=True, **params)
+        sequence = Sequence(f"chat{place}", chat.ids, wanted, chat.tokens, seed=place)
+        made = 0
+        async with aclosing(engine.generate(sequence)) as chunks:
+            async for chunk in chunks:
+                if not made:
+                    first.append(time.perf_counter() - start)
+                made += len(chunk.ids)
+        return made
+
+    first: list[float] = []
+    made = sum(await asyncio.gather(*(one(place, chat) for place, chat in enumerate(chats))))
+    times.first_token_s.append(statistics.median(first))
+    return made
+
+
+async def by_static_batch(model: Any, chats: list[Chat]) -> int:
+    longest, most = max(len(chat.ids) for chat in chats), max(chat.tokens for chat in chats)
+    ids = torch.tensor([[2] * (longest - len(chat.ids)) + list(chat.ids) for chat in chats])
+    mask = torch.tensor([[0] * (longest - len(chat.ids)) + [1] * len(chat.ids) for chat in chats])
+    with torch.inference_mode():
+        out = await asyncio.to_thread(
+            model.generate,
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=most,
+            min_new_tokens=most,
+        )
+    assert out.shape[1] == longest + most
+    return sum(chat.tokens for chat in chats)
+
+
+async def by_own_continuous(model: Any, chats: list[Chat]) -> int:
+    """transformers' continuous batching manager, as its documentation streams from it."""
+    config = transformers.GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=2, max_new_tokens=256)
+    manager = model.init_continuous_batching(
+        generation_config=config,
+        continuous_batching_config=transformers.ContinuousBatchingConfig(num_blocks=1024, max_batch_tokens=512),
+    )
+    manager.start()
+    made = {}
+    try:
+        for place, chat in enumerate(chats):
+            manager.add_request(list(chat.ids), request_id=str(place), max_new_tokens=chat.tokens, streaming=True)
+        while sum(n >= chat.tokens for n, chat in zip(made.values(), chats, strict=False)) < len(chats):
+            result = await asyncio.to_thread(manager.get_result, timeout=60)
+            assert result is not None
+            made[result.request_id] = len(result.generated_tokens)
+            if len(made) == len(chats) and all(made[str(p)] >= chat.tokens for p, chat in enumerate(chats)):
+                break
+    finally:
+        await asyncio.to_thread(manager.stop, block=True)
+    return sum(made.values())
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--chats", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--own-continuous", action="store_true", help="also transformers' own continuous batching")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    folder = models.resolve(MODEL)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    engine = TransformersEngine(
+        TransformersOptions(
+            model_name_or_path=MODEL, infer_dtype="float32", max_batch_size=args.chats, threads=args.threads
+        )
+    )
+    await engine.start()
+    text = "Tell me a long story about a red fox who learns to swim, chapter {}."
+    prompts = [
+        tuple(
+            engine.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text.format(i + 10)}], add_generation_prompt=True, return_dict=False
+            )
+        )
+        for i in range(args.chats)
+    ]
+    assert len({len(ids) for ids in prompts}) == 1, "padding would slow the static batch's attention down"
+    loads = {
+        "equal lengths, 128 tokens each": [Chat(ids, 128) for ids in prompts],
+        "mixed lengths, 32 to 256": [
+            Chat(ids, 32 + round(224 * i / (args.chats - 1))) for i, ids in enumerate(prompts)
+        ],
+    }
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {args.threads} threads, load average "
+        f"{os.getloadavg()[0]:.1f}; torch {torch.__version__}, transformers {transformers.__version__}, Python "
+        f"{platform.python_version()}; {MODEL} float32, {args.chats} chats, greedy, {args.rounds} rounds (median)"
+    )
+    for name, chats in loads.items():
+        await compare(name, chats, engine, plain, args)
+    await engine.close()
+
+
+async def compare(name: str, chats: list[Chat], engine: TransformersEngine, plain: Any, args: Any) -> None:
+    tokens = sum(chat.tokens for chat in chats)
+    static, mine, sampled, own = Times(), Times(), Times(), Times()
+    greedy = {"do_sample": False}
+    for _ in range(args.rounds):
+        await timed(static, lambda: by_static_batch(plain, chats), tokens)
+        await timed(mine, lambda: by_engine(engine, chats, mine, **greedy), tokens)
+        await timed(sampled, lambda: by_engine(engine, chats, sampled), tokens)
+        if args.own_continuous:
+            await timed(own, lambda: by_own_continuous(plain, chats), tokens)
+    print(f"{name}: {tokens} tokens")
+    print(static.line("transformers, static batch", tokens, None))
+    print(mine.line("tokenfleet", tokens, static))
+    print(sampled.line("tokenfleet, default sampling", tokens, static))
+    if args.own_continuous:
+        print(own.line("transformers, continuous batching", tokens, static))
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
