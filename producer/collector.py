@@ -54,6 +54,7 @@ class Follower:
         self._wake = asyncio.Event()
         self._read_log = True
         self._seen = after > 0
+        self._has_read = False  # a cursor that came from elsewhere proves nothing
         self._error: Exception | None = None
         self.heard_s = time.monotonic()
 
@@ -63,12 +64,15 @@ class Follower:
         Raises `UnknownJob`, `LostState`, or `FleetUnavailable` when Redis stays away."""
         while True:
             if self._error:
+                if isinstance(self._error, LostState) and self._has_read:
+                    with contextlib.suppress(RedisError, OSError):
+                        await self._ledger.lost(self.job_id, self.cursor)
                 raise self._error
             if (batch := self._from_live()) or (self._read_log and (batch := await self._from_log())):
                 self.cursor = batch[-1][0]
-                self._seen = True
+                self._seen = self._has_read = True
                 return batch
-            if not self._read_log and not self._live:
+            if not self._read_log and not self._live and self._error is None:
                 self._wake.clear()
                 await self._wake.wait()
 

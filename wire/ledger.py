@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 import msgspec
 import redis.asyncio
+from pydantic import ValidationError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -25,7 +26,7 @@ from tokenfleet.wire.errors import (
     UnknownModel,
 )
 from tokenfleet.wire.events import AnyEvent, decode
-from tokenfleet.wire.jobs import JobOptions, JobStatus, ServedModel, State, digest
+from tokenfleet.wire.jobs import JobOptions, JobStatus, ServedModel, State, digest, invalid
 from tokenfleet.wire.keys import Keys, is_id
 
 AppendStatus = Literal["ok", "fenced", "ended", "gone", "gap"]
@@ -47,9 +48,17 @@ class Claim:
     deadline_ms: int
     tokens: int
     now_ms: int
-    options: JobOptions
+    stored_options: bytes = b"{}"
     has_links: bool = False
     """Celery messages are to follow its end (`workers/links.py`)."""
+
+    @property
+    def options(self) -> JobOptions:
+        """Raises `InvalidRequest`."""
+        try:
+            return JobOptions.model_validate_json(self.stored_options)
+        except ValidationError as error:
+            raise invalid(error, "the stored options are not valid") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +206,7 @@ class Ledger:
             return NotClaimed(r[0].decode())
         return Claim(
             job_id, int(r[1]), owner, int(r[2]), r[3], r[4], r[5].decode(), int(r[6]), int(r[7]), int(r[8]), int(r[9]),
-            JobOptions.model_validate_json(r[10]), bool(r[11]),
+            r[10], bool(r[11]),
         )  # fmt: skip
 
     async def hold(self, job_id: str, worker: str) -> bool:
@@ -233,6 +242,16 @@ class Ledger:
             "serve", model.name, self.keys.queue(model.name), msgspec.json.encode(model), nonce, lease_ms, normal_gap_ms
         )
         return str(reply.decode())
+
+    async def give_back(self, job_id: str, worker: str) -> None:
+        """Hand over a job that the ledger thinks this worker runs, and that it doesn't."""
+        owner, epoch, runs_on = await self._db.hmget(self.keys.job(job_id), "owner", "epoch", "worker")
+        if runs_on == worker.encode() and owner:
+            await self._run("release", job_id, epoch, owner, "handover")
+
+    async def lost(self, job_id: str, seq: int) -> None:
+        """Say that event ``seq`` was read: if the log is shorter now, nobody may read other text in its place."""
+        await self._run("lost", job_id, seq)
 
     async def bury(self, worker: str) -> tuple[int, int]:
         """Give a dead worker's jobs to others now. Returns how many were requeued and how many given up."""

@@ -13,7 +13,9 @@ from typing import Any, Literal
 import redis
 import redis.asyncio
 
-Name = Literal["submit", "claim", "append", "cancel", "release", "beat", "serve", "bury", "reap", "poll", "links"]
+Name = Literal[
+    "submit", "claim", "append", "cancel", "release", "beat", "serve", "bury", "reap", "poll", "lost", "links"
+]  # fmt: skip
 Arg = str | bytes | int | float
 
 # What heals a full Redis must not be refused by it; only what takes in new work is.

@@ -48,7 +48,7 @@ class ControlChannel:
                 while self._worker_id() == worker_id:
                     message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=1.0)
                     if message is not None:
-                        order, _, argument = message["data"].decode().partition(" ")
+                        order, _, argument = message["data"].decode(errors="replace").partition(" ")
                         self._on_order(order, argument)
         finally:
             await client.aclose()

@@ -34,6 +34,7 @@ from celery.worker import state
 
 from tokenfleet.wire.errors import TokenfleetError
 from tokenfleet.workers import pool_signals
+from tokenfleet.workers.deliveries import harden
 from tokenfleet.workers.pool_changes import keep_client, let_revoke_cancel
 from tokenfleet.workers.pool_hub import HubMailbox
 from tokenfleet.workers.pool_job import AsyncJob, AsyncTask, Call, Job, bridge, is_async
@@ -185,7 +186,9 @@ class AsyncioPool(BasePool):
     def register_with_event_loop(self, hub: Any) -> None:
         self.hub.register(hub)
         if self._worker is not None:
-            keep_client(self._worker.consumer.task_consumer.channel)
+            channel = self._worker.consumer.task_consumer.channel
+            keep_client(channel)
+            harden(channel)
 
     # -- jobs ---------------------------------------------------------------------------------------------------------
 

@@ -81,6 +81,8 @@ class Runtime:
         self._on_busy = on_busy
         self._follow_up = follow_up
         self._was_busy = False
+        self._strays: dict[str, int] = {}
+        self._giving: set[asyncio.Future[None]] = set()
         self.ledger = Ledger(self._client, self.keys)
         self.publisher = Publisher(Ledger(connect(), self.keys))
         guardian = Guardian(settings.redis_url, settings.fleet)
@@ -371,6 +373,18 @@ class Runtime:
             attempt.missed_beats = 0 if job_id in job_ids else attempt.missed_beats + 1
             if attempt.missed_beats >= 2:
                 attempt.writer.lose("ended")
+        # A claim that came to nothing here must not leave its job with nobody.
+        stray = job_ids - self.attempts.keys()
+        self._strays = {job_id: self._strays.get(job_id, 0) + 1 for job_id in stray}
+        for job_id in stray:
+            if self._strays[job_id] >= 3:
+                log.warning("job %s is ours by the ledger and runs nowhere: given back", job_id)
+                self._give_back(job_id)
+
+    def _give_back(self, job_id: str) -> None:
+        giving = asyncio.ensure_future(patiently(lambda: self.ledger.give_back(job_id, self.lease.worker_id)))
+        self._giving.add(giving)
+        giving.add_done_callback(self._giving.discard)
 
     def reaped(self, outbox: tuple[str, ...]) -> None:
         for job_id in outbox:

@@ -134,6 +134,16 @@ class Ledger:
         self.close(job, "cancelled")
         return ("cancelled",)
 
+    def lost(self, job: Job, seq: int) -> str:
+        if job.is_gone:
+            return "gone"
+        if job.is_ended:
+            return "ended"
+        if len(job.log) >= seq:
+            return "kept"
+        self.close(job, "failed")
+        return "lost"
+
     def release(self, attempt: Attempt, *, died: bool) -> str:
         job = attempt.job
         if job.is_gone:

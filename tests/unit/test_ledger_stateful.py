@@ -299,6 +299,14 @@ class LedgerMachine(RuleBasedStateMachine):
                 assert bool(after[job.id]) == (job.lane in empty and not is_held)
         self.lost -= set(after)
 
+    @rule(j=which, is_so=rarely, again=lost_reply)
+    def reader_had_more(self, j: int, is_so: bool, again: bool) -> None:
+        job = self.job(j)
+        seq = len(job.log) + is_so
+        self.same(
+            lambda: self.run_script("lost", job.id, seq).decode(), lambda: self.model.lost(job, seq), again=again
+        )  # fmt: skip
+
     @rule(j=which, is_so=rarely)
     def redis_loses(self, j: int, is_so: bool) -> None:
         if not is_so:
