@@ -337,6 +337,13 @@ def test_what_comes_out_can_always_be_encoded() -> None:
     assert json.loads(call.function.arguments.encode())["a"] == "\ud800"
 
 
+def test_arguments_may_be_called_like_pythons_keywords() -> None:
+    text = '<|tool_call_start|>[fly(from="Rome", to="from=", class=2, keyword_x=None), def()]<|tool_call_end|>'
+    first, second = called(parse(text, {"tools": "lfm2"}))
+    assert json.loads(first["arguments"]) == {"from": "Rome", "to": "from=", "class": 2, "keyword_x": None}
+    assert second == {"name": "def", "arguments": "{}"}
+
+
 def test_readers_of_models_own_formats() -> None:
     deepseek = (
         "Sure.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import io
+import keyword
 import re
+import tokenize
 from typing import Any
 
 from tokenfleet.wire.toolformats.base import Calls, FunctionCall, NoCall, Outcome, as_json, beginning_of, strict_json
@@ -12,11 +15,25 @@ from tokenfleet.wire.toolformats.base import Calls, FunctionCall, NoCall, Outcom
 def python_calls(inner: str) -> tuple[FunctionCall, ...]:
     """``[name(key=value, ...), ...]`` with Python's literals or JSON's."""
     try:
-        body = ast.parse(inner.strip(), mode="eval").body
+        body = ast.parse(_without_keywords(inner.strip()), mode="eval").body
         nodes = body.elts if isinstance(body, ast.List) else [body]
         return tuple(_python_call(node) for node in nodes)
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+    except (SyntaxError, tokenize.TokenError, ValueError, TypeError, RecursionError, MemoryError):
         return ()
+
+
+_ESCAPE = "ꙮ"  # a letter that no tool's name begins with
+
+
+def _without_keywords(text: str) -> str:
+    """Tools may have arguments called ``from`` or ``class``, which Python's grammar doesn't take for names."""
+    if not re.search(rf"\b(?:{'|'.join(keyword.kwlist)})\s*[=(]", text):
+        return text
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return tokenize.untokenize(
+        (kind, _ESCAPE + name if kind == tokenize.NAME and keyword.iskeyword(name) and name.islower() else name)
+        for kind, name, *_ in tokens
+    )
 
 
 class _Json(ast.NodeTransformer):
@@ -30,10 +47,12 @@ class _Json(ast.NodeTransformer):
 def _python_call(node: ast.expr) -> FunctionCall:
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
         raise ValueError("not a call with named arguments")
-    arguments = {str(keyword.arg): ast.literal_eval(_Json().visit(keyword.value)) for keyword in node.keywords}
-    if any(keyword.arg is None for keyword in node.keywords):
-        raise ValueError("not a call with named arguments")
-    return FunctionCall(node.func.id, as_json(arguments))
+    arguments = {}
+    for given in node.keywords:
+        if given.arg is None:
+            raise ValueError("not a call with named arguments")
+        arguments[given.arg.removeprefix(_ESCAPE)] = ast.literal_eval(_Json().visit(given.value))
+    return FunctionCall(node.func.id.removeprefix(_ESCAPE), as_json(arguments))
 
 
 _GEMMA_HEAD = re.compile(r"<\|tool_call>call:([^{\s]+)\{")
