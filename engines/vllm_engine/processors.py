@@ -16,7 +16,14 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
+from tokenfleet.engines.vllm_engine import compat
+from tokenfleet.engines.vllm_engine.lifeline import leave_with_parent
+
 EXTRAS = "tokenfleet"
+
+if not compat.is_front_end:
+    # vLLM's configuration names the classes below, so each of its processes imports this before anything else of ours.
+    leave_with_parent()
 
 
 def _extras(params: SamplingParams) -> Mapping[str, Any]:
