@@ -68,7 +68,7 @@ def resolve(
     cache = cache or default_cache()
     console = console or Console(stderr=True)
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return path
     if model.endswith(".gguf"):
         if not path.is_file():
