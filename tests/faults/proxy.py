@@ -25,6 +25,9 @@ class Proxy:
         self._refusing = False
         self._replies_to_lose = 0
         self.lost_replies = 0
+        self.drop_messages_with = b""
+        """Pub/sub messages that hold this vanish on the way."""
+        self.dropped_messages = 0
         self._thread.start()
         asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(10)
 
@@ -93,7 +96,7 @@ class Proxy:
         self._writers |= pair
         try:
             await asyncio.gather(self._pump(reader, from_client), self._pump(to_redis, writer, is_reply=True))
-        except OSError:
+        except (OSError, asyncio.CancelledError):
             pass
         finally:
             self._writers -= pair
@@ -110,6 +113,9 @@ class Proxy:
                 self._replies_to_lose -= 1
                 self.lost_replies += 1
                 raise ConnectionResetError
+            if is_reply and self.drop_messages_with and b"message" in data[:20] and self.drop_messages_with in data:
+                self.dropped_messages += 1
+                continue
             target.write(data)
             await target.drain()
         raise ConnectionResetError

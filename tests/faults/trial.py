@@ -49,7 +49,8 @@ class History:
 class Reading:
     """One reader of one job, running in the background."""
 
-    def __init__(self, job: Job, by: str) -> None:
+    def __init__(self, client: Client, job: Job, by: str) -> None:
+        self.client = client
         self.job = job
         self.by = by
         self.events: list[AnyEvent] = []
@@ -101,13 +102,15 @@ class Trial:
             self.history.note("accepted", job=job.id, n=named.get("n", 1), max_new_tokens=named.get("max_new_tokens"))
         return jobs
 
-    def watch(self, jobs: Job | Iterable[Job], by: str = "reader", *, pause_s: float = 0.0) -> list[Reading]:
+    def watch(
+        self, jobs: Job | Iterable[Job], by: str = "reader", *, pause_s: float = 0.0, client: Client | None = None
+    ) -> list[Reading]:
         """Read in the background until the end. ``pause_s``: a slow reader's rest after each batch."""
         begun = []
         for job in [jobs] if isinstance(jobs, Job) else jobs:
-            reading = Reading(self.client.job(job.id), by)
+            reading = Reading(client or self.client, job, by)
             reading.pause_s = pause_s
-            reading.future = asyncio.run_coroutine_threadsafe(self._read(reading), self.client.thread.loop)
+            reading.future = asyncio.run_coroutine_threadsafe(self._read(reading), reading.client.thread.loop)
             begun.append(reading)
         self.readings += begun
         return begun
@@ -116,7 +119,7 @@ class Trial:
         job, by = reading.job.id, reading.by
         self.history.note("open", by=by, job=job, after=after)
         try:
-            async with self.client.aio.job(job).stream(after) as stream:
+            async with reading.client.aio.job(job).stream(after) as stream:
                 await self._note_all(stream, reading)
         except TokenfleetError as error:
             reading.error = error
@@ -133,7 +136,7 @@ class Trial:
 
     def read_now(self, job: Job, by: str, after: int = 0) -> list[AnyEvent]:
         """Read to the end, in the foreground."""
-        reading = Reading(job, by)
+        reading = Reading(self.client, job, by)
         self.client.thread.run(self._read(reading, after))
         return reading.events
 
