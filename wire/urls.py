@@ -25,6 +25,7 @@ from tokenfleet.wire.errors import ConfigurationError
 SCHEMES = ("redis", "rediss", "unix", "sentinel")
 _ALIASES = {"redis+socket": "unix", "redis+unix": "unix", "socket": "unix"}
 _DEFAULT_PORTS = {"redis": 6379, "rediss": 6379, "sentinel": 26379}
+_MOST_CONNECTIONS, _WAIT_FOR_CONNECTION_S = 48, 30.0
 _HINT = "Use redis://:PASSWORD@HOST:6379/0, rediss://, unix://:PASSWORD@/path/to.sock?db=0 or sentinel://."
 
 
@@ -168,7 +169,11 @@ def connect_async(url: str, **options: Any) -> Any:
 
     address = parse(url)
     if address.scheme != "sentinel":
-        return redis.asyncio.Redis.from_url(address.for_redis_py(), **options)
+        # Calls beyond this many wait for a connection; redis-py's own pool fails the 101st.
+        pool = redis.asyncio.BlockingConnectionPool.from_url(
+            address.for_redis_py(), max_connections=_MOST_CONNECTIONS, timeout=_WAIT_FOR_CONNECTION_S, **options
+        )
+        return redis.asyncio.Redis.from_pool(pool)
     sentinel: Any = redis.asyncio.sentinel.Sentinel
     client = sentinel(list(address.hosts)).master_for(address.master_name, **_login_options(address), **options)
     pool, disconnect = client.connection_pool, client.connection_pool.disconnect

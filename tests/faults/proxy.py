@@ -88,7 +88,7 @@ class Proxy:
             writer.transport.abort()
             return
         try:
-            to_redis, from_client = await asyncio.open_unix_connection(str(self._socket), limit=1 << 20)
+            to_redis, from_client = await asyncio.open_unix_connection(str(self._socket), limit=1 << 14)
         except OSError:
             writer.transport.abort()
             return

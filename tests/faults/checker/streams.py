@@ -108,7 +108,8 @@ def _event(
 def bare(value: Any) -> Any:
     """Without what means the same as being left out: clients may write down an event with or without its defaults."""
     if isinstance(value, dict):
-        return {k: bare(v) for k, v in value.items() if v not in (0, "", None, [], {}) and (k, v) != ("attempts", 1)}
+        pairs = ((k, bare(v)) for k, v in value.items())
+        return {k: v for k, v in pairs if v not in (0, "", None, [], {}) and (k, v) != ("attempts", 1)}
     return [bare(each) for each in value] if isinstance(value, list) else value
 
 

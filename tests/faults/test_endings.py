@@ -1,0 +1,133 @@
+"""Cancels and deadlines, also against a job's own end and with no worker left: one end, always."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from itertools import islice
+
+import pytest
+from celery import Celery
+
+from tests.faults.trial import Trial, aborted, ledger_of, running
+from tests.fleets import Fleet, wait_until
+from tokenfleet.wire.errors import JobCancelled, JobExpired
+from tokenfleet.wire.keys import Keys
+
+
+def served_by(worker: object) -> set[str]:
+    return {line["sequence_id"][:36] for line in worker.record if line["event"] == "prefill"}  # type: ignore[attr-defined]
+
+
+def test_cancel_against_finish_gives_one_end(fleet: Fleet) -> None:
+    worker = fleet.start_worker(salted=True, token_ms=1.0)
+    chance = random.Random(11)
+    with Trial(fleet) as trial:
+        jobs = trial.submit_many(150, max_new_tokens=40)
+        trial.watch(jobs)
+        trial.fault("cancels", cuts=False)
+
+        async def cancel(job_id: str) -> str:
+            await asyncio.sleep(chance.random() * 0.4)
+            return await trial.client.aio.job(job_id).cancel("raced")
+
+        async def cancel_all() -> list[str]:
+            return await asyncio.gather(*(cancel(job.id) for job in jobs))
+
+        said = trial.client.thread.run(cancel_all())
+        trial.judge()
+        assert [ledger_of(fleet, job)["state"] for job in jobs] == said
+        print(f"{said.count('cancelled')} cancelled, {said.count('finished')} finished")
+        assert set(said) == {"cancelled", "finished"}, "no race: nothing is proven"
+        wait_until(lambda: not running(worker), 5, "all slots are free")
+
+
+def test_a_cancelled_job_frees_its_slot_at_once(fleet: Fleet) -> None:
+    worker = fleet.start_worker(salted=True, token_ms=10.0)
+    with Trial(fleet) as trial:
+        jobs = trial.submit_many(20, max_new_tokens=3000)
+        trial.watch(jobs)
+        trial.until_streaming(5)
+        trial.fault("cancels", cuts=False)
+        waits = []
+        for job in jobs:
+            before, started = aborted(worker), time.monotonic()
+            job.cancel()
+            wait_until(lambda before=before: aborted(worker) > before, 10, "a free slot")
+            waits.append(time.monotonic() - started)
+        print(f"slot free after {sorted(waits)[10]:.3f} s (median), {max(waits):.3f} s (longest of 20)")
+        trial.judge()
+
+
+def test_a_job_cancelled_or_expired_in_the_queue_never_runs(fleet: Fleet) -> None:
+    worker = fleet.start_worker(salted=True)
+    worker.kill_group()
+    with Trial(fleet) as trial:
+        cancelled, revoked, expired, run = (
+            trial.submit("count", max_new_tokens=10, queue_ttl_s=1.0 if k == 2 else 600) for k in range(4)
+        )
+        trial.watch([cancelled, revoked, expired, run])
+        trial.fault("cancels", cuts=False)
+        assert cancelled.cancel() == "cancelled"
+        # With no worker left, whoever watches the job ends it.
+        wait_until(lambda: ledger_of(fleet, expired)["state"] == "expired", 10, "the queue's time-to-live")
+        worker = fleet.start_worker(salted=True, wait=False, env={"TOKENFLEET_SLOTS": "1"})
+        wait_until(lambda: ledger_of(fleet, run)["state"] == "finished", 30, "the last job")
+        trial.judge()
+        assert served_by(worker) == {run.id, revoked.id}
+        with pytest.raises(JobCancelled):
+            cancelled.result(5)
+        with pytest.raises(JobExpired):
+            expired.result(5)
+
+
+def test_celery_revoke_means_cancel(fleet: Fleet) -> None:
+    worker = fleet.start_worker(salted=True, token_ms=10.0, env={"TOKENFLEET_SLOTS": "1"})
+    keys = Keys(fleet.redis.fleet)
+    app = Celery(broker=fleet.redis.celery_url, backend=fleet.redis.celery_url)
+    app.conf.broker_transport_options = {"priority_steps": [0, 3, 6], "queue_order_strategy": "priority"}
+    app.conf.task_default_queue = keys.queue("scripted")
+    with Trial(fleet) as trial:
+        runs, waits = (trial.submit("count", max_new_tokens=3000) for _ in range(2))
+        trial.watch([runs, waits])
+        trial.until_streaming(5, trial.readings[:1])
+        trial.fault("revoke", cuts=False)
+        app.control.revoke(waits.id)
+        app.control.revoke(runs.id, terminate=True)
+        trial.judge(timeout_s=30)
+        assert ledger_of(fleet, runs)["state"] == "cancelled"
+        assert ledger_of(fleet, waits)["state"] == "cancelled"
+        wait_until(lambda: not running(worker), 5, "a free slot")
+        assert served_by(worker) == {runs.id}
+    app.close()
+
+
+def test_a_total_deadline_ends_a_running_job_and_one_whose_worker_is_dead(fleet: Fleet) -> None:
+    worker = fleet.start_worker(salted=True, token_ms=20.0)
+    with Trial(fleet) as trial:
+        short, frozen = (trial.submit("count", max_new_tokens=3000, deadline_s=limit) for limit in (2.0, 5.0))
+        trial.watch([short, frozen])
+        trial.until_streaming(5)
+        trial.fault("deadline", cuts=False)
+        wait_until(lambda: ledger_of(fleet, short)["state"] == "expired", 10, "the deadline")
+        wait_until(lambda: aborted(worker) == 1, 5, "its slot is free")
+        worker.kill_group()
+        trial.judge(timeout_s=20)
+        entry = ledger_of(fleet, frozen)
+        assert entry["state"] == "expired"
+        late_ms = int(entry["ended_ms"]) - int(entry["deadline_ms"])
+        print(f"ended {late_ms} ms after its deadline, with no worker left")
+        assert late_ms >= 0
+
+
+def test_a_reader_that_leaves_cancels_if_the_job_says_so(fleet: Fleet) -> None:
+    worker = fleet.start_worker(salted=True, token_ms=10.0)
+    client = fleet.client()
+    stays, goes = (client.submit("count", max_new_tokens=300, cancel_on_disconnect=leave) for leave in (False, True))
+    for job in (stays, goes):
+        with job.stream() as stream:
+            list(islice(stream, 5))
+    wait_until(lambda: ledger_of(fleet, goes)["state"] == "cancelled", 5, "cancelled")
+    wait_until(lambda: aborted(worker) == 1, 5, "its slot is free")
+    assert len(stays.result(30).choices[0].ids) == 300
