@@ -75,13 +75,13 @@ class AsyncioPool(BasePool):
         self.hub = HubMailbox()
         self._worker: Any = None  # Celery's, when started by its command line
         self._open: set[Job] = set()  # hub's thread: from on_apply until Celery was told the outcome
-        self.slots = Slots(self.limit)  # loop's thread
+        self.slots = Slots(self.limit, lambda job: self.hub.post(self._open.discard, job))  # loop's thread
         self._lifespans = Lifespans()
         self._thread: threading.Thread | None = None
         self._quit_listeners: list[Callable[[int], object]] = []
         self._is_closed = False
         signals.celeryd_after_setup.connect(self._meet_worker)
-        signals.worker_shutting_down.connect(self._wake_hub)
+        signals.worker_shutting_down.connect(self._on_shutdown_signal)
         signals.worker_shutdown.connect(self._after_shutdown)
 
     # -- for other code of the worker ---------------------------------------------------------------------------------
@@ -135,7 +135,8 @@ class AsyncioPool(BasePool):
         self.threads = ThreadPoolExecutor(self.max_threads, thread_name_prefix="tokenfleet-task")
         let_revoke_cancel(AsyncioPool)
         if self._worker is not None and pool_signals.is_available():
-            pool_signals.watch_quit(self._on_own_quit)
+            # Before Celery's handler cancels what runs: else the freed slots would go to jobs that still wait.
+            pool_signals.watch_quit(self._on_own_quit, lambda: self.call_on_loop(self.slots.close))
         is_up = threading.Event()
         self._thread = threading.Thread(target=self._run_loop, args=(is_up,), name="tokenfleet-loop", daemon=True)
         self._thread.start()
@@ -260,10 +261,15 @@ class AsyncioPool(BasePool):
     # Take no new work (Celery stopped its consumer) → finish or cancel what runs → tell Celery, which acks → leave the
     # lifespans (the engine) → end the loop. Acks go out with the hub's turns, the last ones when Celery closes it.
 
+    def on_close(self) -> None:
+        """A shutdown has begun."""
+        if AsyncioPool._current is self:
+            self.call_on_loop(self.slots.close)
+
     def on_stop(self) -> None:
         """Warm shutdown: returns when the last task is over. A cold one that is asked for meanwhile cuts it short."""
         if state.should_terminate:  # we are in Celery's SIGQUIT handler, on top of anything: `on_terminate` comes next
-            self.call_on_loop(self._stop_all)
+            self.call_on_loop(self.slots.stop_all)
             self.hub.wake()
             return
         while self._open and not state.should_terminate:
@@ -281,15 +287,11 @@ class AsyncioPool(BasePool):
             is_code = type(state.should_terminate) is int  # True, from Celery's own handler, isn't
             self._worker.exitcode = state.should_terminate if is_code else 1  # Celery would say 0
         self._end_process_within(self.exit_s)
-        self.call_on_loop(self._stop_all)
+        self.call_on_loop(self.slots.stop_all)
         deadline = time.monotonic() + self.cancel_grace_s
         while self._open and (left_s := deadline - time.monotonic()) > 0:
             self.hub.turn(left_s)
         self._close(self.cold_closing_s)
-
-    def _stop_all(self) -> None:
-        for job in self.slots.stop_all():
-            self.hub.post(self._open.discard, job)
 
     def _close(self, limit_s: float) -> None:
         if self._is_closed or self._thread is None:
@@ -326,9 +328,9 @@ class AsyncioPool(BasePool):
         self._close(self.cold_closing_s)
         self.hub.close()
 
-    def _wake_hub(self, **_: Any) -> None:
-        """The flag that a signal handler sets is looked at after the hub's current poll: up to a second, else."""
-        self.hub.wake()
+    def _on_shutdown_signal(self, **_: Any) -> None:
+        self.on_close()
+        self.hub.wake()  # Celery looks at the handler's flag after the hub's current poll: up to a second, else
 
 
 def _is_told(flag: Any) -> bool:

@@ -22,9 +22,10 @@ def is_available() -> bool:
     return hasattr(signal, "sigwaitinfo") and threading.current_thread() is threading.main_thread()
 
 
-def watch_quit(on_own_quit: Callable[[int], None]) -> None:
+def watch_quit(on_own_quit: Callable[[int], None], on_passed: Callable[[], None]) -> None:
     """From now on call ``on_own_quit(sender's pid)``, on a thread of its own, for a SIGQUIT sent by this process or a
-    descendant of it; any other SIGQUIT still reaches the Python handler installed for SIGQUIT, in the main thread.
+    descendant of it; any other SIGQUIT still reaches the Python handler installed for SIGQUIT, in the main thread,
+    which calls ``on_passed`` first.
 
     Call it in the main thread, before other threads start: a thread that doesn't block SIGQUIT may be picked by the
     kernel, and the handler then runs whoever sent it. Processes started afterwards inherit the blocked signal.
@@ -35,7 +36,14 @@ def watch_quit(on_own_quit: Callable[[int], None]) -> None:
             "%d threads were started before the pool: SIGQUIT of an engine may end the worker",
             unguarded,
         )
-    signal.signal(_PASSED_ON, _run_quit_handler)
+
+    def run_quit_handler(_signum: int, frame: FrameType | None) -> None:
+        on_passed()
+        handler = signal.getsignal(signal.SIGQUIT)  # looked up now: Celery replaces it while it shuts down
+        if callable(handler):
+            handler(signal.SIGQUIT, frame)
+
+    signal.signal(_PASSED_ON, run_quit_handler)
     threading.Thread(target=_watch, args=(on_own_quit,), name="tokenfleet-signals", daemon=True).start()
 
 
@@ -52,12 +60,6 @@ def _watch(on_own_quit: Callable[[int], None]) -> None:
             main = threading.main_thread().ident
             assert main is not None
             signal.pthread_kill(main, _PASSED_ON)
-
-
-def _run_quit_handler(_signum: int, frame: FrameType | None) -> None:
-    handler = signal.getsignal(signal.SIGQUIT)  # looked up now: Celery replaces it while it shuts down
-    if callable(handler):
-        handler(signal.SIGQUIT, frame)
 
 
 def is_own(pid: int) -> bool:

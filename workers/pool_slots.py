@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 from tokenfleet.workers.pool_job import Job
 
@@ -11,8 +12,11 @@ class Slots:
     """First come, first served. Celery hands over more jobs than there are slots only for due ETA tasks, tasks that
     are acknowledged early, and after a shrink."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, forget: Callable[[Job], object]) -> None:
+        """``forget`` is called with a job that won't be run: its message goes back into the queue."""
         self.limit = limit
+        self._forget = forget
+        self._is_closed = False
         self.running: set[Job] = set()
         self.waiting: deque[Job] = deque()
         self.most_running = 0
@@ -20,6 +24,8 @@ class Slots:
     def admit(self, job: Job) -> None:
         self.waiting.append(job)
         self._fill()
+        if self._is_closed:
+            self.close()
 
     def release(self, job: Job) -> None:
         self.running.discard(job)
@@ -38,16 +44,19 @@ class Slots:
             self.waiting.remove(job)
             Job.conclude(job)
 
-    def stop_all(self) -> list[Job]:
-        """Cancel what runs, and forget what waits: that is returned (its messages go back into the queue)."""
-        forgotten = list(self.waiting)
-        self.waiting.clear()
+    def close(self) -> None:
+        """Start no more jobs."""
+        self._is_closed = True
+        while self.waiting:
+            self._forget(self.waiting.popleft())
+
+    def stop_all(self) -> None:
+        self.close()
         for job in tuple(self.running):
             job.stop()
-        return forgotten
 
     def _fill(self) -> None:
-        while self.waiting and len(self.running) < self.limit:
+        while self.waiting and not self._is_closed and len(self.running) < self.limit:
             job = self.waiting.popleft()
             self.running.add(job)
             job.start()

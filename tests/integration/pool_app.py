@@ -127,6 +127,14 @@ async def wait(name: str, at: str = "gate") -> str:
     return name
 
 
+@app.task(acks_late=False)
+async def wait_acked(name: str, at: str = "gate") -> str:
+    """Acknowledged as it starts: Celery then fetches one more message, which waits for a slot."""
+    say("started", name)
+    await gate(at)
+    return name
+
+
 @app.task(bind=True)
 async def where(self) -> dict:
     await asyncio.sleep(0)

@@ -229,19 +229,28 @@ def test_revoke_cancels_a_running_coroutine(worker: Worker, terminate: bool) -> 
 
 
 def test_revoke_ends_a_task_that_waits_for_a_slot_before_it_starts(worker: Worker) -> None:
-    # An ETA task raises the prefetch until it is due; Celery then gives it to the pool although no slot is free.
-    due = worker.send("wait", "due", eta=datetime.now(UTC) + timedelta(seconds=1))
-    running = [worker.send("wait", i) for i in range(4)]
+    running = [worker.send("wait_acked", i) for i in range(4)]
     until(lambda: len(worker.inspect("active")) == 4)
+    late = worker.send("wait", "late")
     until(lambda: worker.inspect("stats")["pool"]["waiting"] == 1)
-    assert [r["id"] for r in worker.inspect("reserved")] == [due.id]
-    due.revoke()
+    assert [r["id"] for r in worker.inspect("reserved")] == [late.id]
+    late.revoke()
     with pytest.raises(TaskRevokedError):
-        due.get(timeout=DEADLINE_S)
-    until(lambda: worker.held() == 4)
+        late.get(timeout=DEADLINE_S)
+    until(lambda: worker.held() == 0)
     worker.open()
     assert [r.get(timeout=DEADLINE_S) for r in running] == list(range(4))
-    assert "started due" not in worker.said
+    assert "started late" not in worker.said
+
+
+def test_an_eta_task_that_is_due_while_all_slots_are_taken_waits_for_one(worker: Worker) -> None:
+    due = worker.send("wait", "due", eta=datetime.now(UTC) + timedelta(seconds=0.5))
+    sent = [worker.send("wait", i) for i in range(5)]
+    until(lambda: len(worker.inspect("active")) == 4)
+    until(lambda: worker.inspect("scheduled") == [])
+    assert worker.inspect("stats")["pool"]["running"] == 4
+    worker.open()
+    assert [s.get(timeout=DEADLINE_S) for s in (*sent, due)] == [*range(5), "due"]
 
 
 def test_a_coroutine_can_catch_its_soft_time_limit(worker: Worker) -> None:
@@ -399,15 +408,20 @@ def test_a_cold_shutdown_cancels_and_gives_messages_back(start_pool_worker: Star
     assert (worker.held(), worker.queued()) == (0, 2)
 
 
-def test_a_cold_shutdown_gives_back_what_waited_for_a_slot(start_pool_worker: StartWorker) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT])
+def test_a_shutdown_gives_back_what_waits_for_a_slot(start_pool_worker: StartWorker, number: signal.Signals) -> None:
     worker = start_pool_worker(slots=1)
-    worker.send("wait", "due", eta=datetime.now(UTC) + timedelta(seconds=1))
-    worker.send("wait", "a")
+    worker.send("wait_acked", "a")
+    worker.hears("started a")
+    worker.send("wait", "late")
     until(lambda: worker.inspect("stats")["pool"]["waiting"] == 1)
-    worker.signal(signal.SIGQUIT)
-    assert worker.exits() == 1
-    assert (worker.held(), worker.queued()) == (0, 2)
-    assert "started due" not in worker.said
+    worker.signal(number)
+    if number == signal.SIGTERM:
+        until(lambda: not worker.app.control.ping(timeout=1.0))  # the consumer is gone: the shutdown has begun
+        worker.open()
+    assert worker.exits() == (0 if number == signal.SIGTERM else 1)
+    assert (worker.held(), worker.queued()) == (0, 1)
+    assert "started late" not in worker.said
     assert "left behind" not in worker.log.read_text()
 
 
