@@ -99,9 +99,9 @@ def _stop_dead(reason: str) -> None:
 
 
 @task_revoked.connect
-def _revoked(request: Any = None, terminated: bool = False, **_: Any) -> None:
+def _revoked(request: Any = None, **_: Any) -> None:
     """Celery discards a revoked job's message before any task code runs: tell the ledger."""
-    if _running is not None and not terminated:
+    if _running is not None:  # also where it was terminated: it may have waited for a slot and never have run
         job_id = request.id if hasattr(request, "id") else request
         asyncio.run_coroutine_threadsafe(_running.revoked(job_id), _running.loop)
 
