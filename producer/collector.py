@@ -207,7 +207,9 @@ class Collector:
         self._changed.set()
         try:
             # Reading the log before the subscription stands could miss an event; but don't wait for ever.
-            await asyncio.wait_for(asyncio.shield(self._confirmed[job_id]), 5.0)
+            # Not wait_for: before Python 3.12 it swallows a cancellation that comes as the future is done.
+            async with asyncio.timeout(5.0):
+                await asyncio.shield(self._confirmed[job_id])
         except TimeoutError:
             log.info("job %s: no live events yet; reading its log", job_id)
 

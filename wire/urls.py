@@ -167,13 +167,15 @@ def connect_async(url: str, **options: Any) -> Any:
     import redis.asyncio
     import redis.asyncio.sentinel
 
+    from tokenfleet.wire.cancellable import make_cancellable
+
     address = parse(url)
     if address.scheme != "sentinel":
         # Calls beyond this many wait for a connection; redis-py's own pool fails the 101st.
         pool = redis.asyncio.BlockingConnectionPool.from_url(
             address.for_redis_py(), max_connections=_MOST_CONNECTIONS, timeout=_WAIT_FOR_CONNECTION_S, **options
         )
-        return redis.asyncio.Redis.from_pool(pool)
+        return make_cancellable(redis.asyncio.Redis.from_pool(pool))
     sentinel: Any = redis.asyncio.sentinel.Sentinel
     client = sentinel(list(address.hosts)).master_for(address.master_name, **_login_options(address), **options)
     pool, disconnect = client.connection_pool, client.connection_pool.disconnect
@@ -184,7 +186,7 @@ def connect_async(url: str, **options: Any) -> Any:
             await node.aclose()
 
     pool.disconnect = disconnect_all
-    return client
+    return make_cancellable(client)
 
 
 def _login_options(address: RedisAddress) -> dict[str, Any]:

@@ -191,9 +191,9 @@ def test_a_forked_copy_of_the_owner_keeps_nothing_alive(tmp_path_factory: pytest
 FAMILY = """
 import os, signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-child = "import os, time; os.setsid(); os.fork(); os.fork(); print(os.getpid(), flush=True); time.sleep(600)"
+child = "import os, time; os.setsid(); os.fork(); os.fork(); os.write(1, b'%d ' % os.getpid()); time.sleep(600)"
 subprocess.Popen([sys.executable, "-S", "-c", child])
-print(os.getpid(), flush=True)
+os.write(1, b"%d " % os.getpid())  # whole, whatever the others write at the same time
 time.sleep(600)
 """
 
@@ -204,8 +204,8 @@ def family(tmp_path: Path) -> tuple[lifeline.Guarded, list[int]]:
     out = tmp_path / "pids"
     with out.open("wb") as output:
         guarded = lifeline.spawn([sys.executable, "-S", "-c", FAMILY], output=output)
-    eventually(lambda: len(out.read_text().splitlines()) == 5)
-    pids = [int(line) for line in out.read_text().splitlines()]
+    eventually(lambda: out.read_text().count(" ") == 5)
+    pids = [int(pid) for pid in out.read_text().split()]
     assert guarded.pid in pids
     assert sorted(lifeline.descendants(guarded.guard_pid)) == sorted(pids)
     return guarded, pids

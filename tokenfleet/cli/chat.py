@@ -178,7 +178,8 @@ async def _telling(job: Any) -> AsyncIterator[asyncio.Event]:
 
     async def tell() -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(event.wait(), _QUIET_S)
+            async with asyncio.timeout(_QUIET_S):
+                await event.wait()
         if event.is_set():
             return
         with contextlib.suppress(TokenfleetError):
