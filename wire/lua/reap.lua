@@ -86,6 +86,22 @@ for _, queue in ipairs(redis.call('SMEMBERS', P .. 'queues')) do
 end
 redis.call('ZREMRANGEBYSCORE', P .. 'dead', '-inf', NOW)
 
+-- kombu's record of a delivery whose worker died: nobody will acknowledge it. A hundred at a time, round and round.
+local at = num(redis.call('HGET', meta, 'unacked_at'))
+local tags = redis.call('ZRANGEBYSCORE', P .. 'unacked_index', '-inf', math.floor(NOW / 1000) - 60, 'LIMIT', at, 100)
+local kept = 0
+for _, tag in ipairs(tags) do
+  local id = string.match(tag, '^(.+)%.%d+$')
+  local state = id and redis.call('HGET', job_key(id), 'state')
+  if id and (not state or has_ended(state)) then
+    redis.call('HDEL', P .. 'unacked', tag)
+    redis.call('ZREM', P .. 'unacked_index', tag)
+  else
+    kept = kept + 1
+  end
+end
+redis.call('HSET', meta, 'unacked_at', #tags == 100 and at + kept or 0)
+
 -- Our own watermark stands below Redis' limit: at the limit, what heals a full Redis would be refused too.
 local info = redis.call('INFO', 'memory')
 local limit = num(string.match(info, 'maxmemory:(%d+)'))
