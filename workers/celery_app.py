@@ -13,6 +13,7 @@ from typing import Any
 from celery import Celery
 from celery.signals import task_revoked, worker_shutting_down
 from celery.worker import state
+from celery.worker.consumer import Mingle
 from kombu.exceptions import KombuError
 from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 app = Celery("tokenfleet", include=["tokenfleet.workers.tasks"])
 app.config_from_object("tokenfleet.celeryconfig")
 app.steps["consumer"].add(EventPacing)
+# At each start and reconnect it would ask all workers for a second what was revoked; the ledger knows.
+Mingle.compatible_transports = frozenset()
 
 _running: Runtime | None = None
 _told_to_leave = False
