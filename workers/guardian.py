@@ -97,8 +97,10 @@ class _Watch:
     def kill_what_is_left(self) -> None:
         """Its descendants, and theirs; a pid that means another process by now is left alone."""
         for pid, started in self._descendants.items():
+            if _started(pid) != started:
+                continue
             for each in (*_descendants(pid), pid):
-                if each == os.getpid() or (each == pid and _started(pid) != started):
+                if each == os.getpid():
                     continue
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(each, signal.SIGKILL)
