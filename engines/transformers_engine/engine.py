@@ -29,6 +29,8 @@ from tokenfleet.engines.transformers_engine.scoring import ScoreWork
 from tokenfleet.wire.errors import ConfigurationError, ContextLengthExceeded, EngineDead, EngineError, InvalidRequest
 
 _SHARE_OF_FREE_MEMORY = 0.3
+_CPU_SLOTS, _GPU_SLOTS = 16, 64
+_CPU_CHUNK_TOKENS, _GPU_CHUNK_TOKENS = 128, 2048
 
 
 class TransformersEngine:
@@ -42,6 +44,7 @@ class TransformersEngine:
         self._model: LoadedModel | None = None
         self._thread: threading.Thread | None = None
         self._info: EngineInfo | None = None
+        self._is_abandoned = False
 
     @property
     def info(self) -> EngineInfo:
@@ -76,6 +79,7 @@ class TransformersEngine:
     async def start(self) -> None:
         if self._thread is not None:
             return
+        self._is_abandoned = False
         events = asyncio.get_running_loop()
         ready: asyncio.Future[None] = events.create_future()
 
@@ -88,13 +92,15 @@ class TransformersEngine:
                 ready.set_exception(error) if error else ready.set_result(None)
 
         def work() -> None:
+            failure: BaseException | None = None
             try:
                 loop = self._load(deliver)
             except BaseException as error:  # noqa: BLE001  # goes to whoever awaits start()
-                events.call_soon_threadsafe(settle, error)
-                return
-            events.call_soon_threadsafe(settle, None)
-            loop.run()
+                failure = error
+            with contextlib.suppress(RuntimeError):
+                events.call_soon_threadsafe(settle, failure)
+            if failure is None and not self._is_abandoned:
+                loop.run()
 
         # A daemon: a process that wants to exit must not wait for a forward pass.
         self._thread = threading.Thread(target=work, name="transformers-engine", daemon=True)
@@ -102,6 +108,10 @@ class TransformersEngine:
         try:
             await ready
         except BaseException:
+            # Loading can't be interrupted; when it is done, nobody will want it.
+            self._is_abandoned = True
+            if self._loop is not None:
+                self._loop.close()
             self._thread = None
             raise
 
@@ -112,14 +122,15 @@ class TransformersEngine:
         on_cpu = model.device.type == "cpu"
         context = min(options.max_context_tokens or model.context_tokens, model.context_tokens)
         bytes_per_token = _warm_up(model)
-        budget = options.kv_budget_tokens or _budget_tokens(model, bytes_per_token, options.max_batch_size, context)
+        slots = options.max_batch_size or (_CPU_SLOTS if on_cpu else _GPU_SLOTS)
+        budget = options.kv_budget_tokens or _budget_tokens(model, bytes_per_token, slots, context)
         self._info = EngineInfo(
             name="transformers",
             version=transformers.__version__,
             model=options.label or options.model_name_or_path.rstrip("/").rsplit("/", 1)[-1],
             fingerprint=model.fingerprint,
             context_tokens=min(context, budget),
-            slots=options.max_batch_size,
+            slots=slots,
             vocab_size=model.vocab_size,
             adapters=model.adapters,
             can_score=model.can_score,
@@ -127,9 +138,9 @@ class TransformersEngine:
         )
         self._loop = EngineLoop(
             model,
-            slots=options.max_batch_size,
+            slots=slots,
             budget_tokens=budget,
-            chunk_tokens=options.prefill_chunk_tokens or (128 if on_cpu else 2048),
+            chunk_tokens=options.prefill_chunk_tokens or (_CPU_CHUNK_TOKENS if on_cpu else _GPU_CHUNK_TOKENS),
             deliver=deliver,
         )
         self._grammars = GrammarCompiler(model.tokenizer, model.vocab_size)
@@ -211,6 +222,8 @@ class TransformersEngine:
         if not self.info.can_score:
             raise EngineError("This model has no reward head.", code="unsupported")
         self._refuse_unknown_adapter(adapter)
+        if not texts_ids:
+            return []
         for ids in texts_ids:
             if not 0 < len(ids) <= self.info.context_tokens:
                 raise ContextLengthExceeded(

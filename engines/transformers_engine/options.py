@@ -46,8 +46,8 @@ class TransformersOptions(BaseModel):
     threads: int | None = Field(None, ge=1)
     """Torch's threads on a CPU; None leaves what the environment set."""
 
-    max_batch_size: int = Field(16, ge=1, le=1024)
-    """Slots: sequences decoded together."""
+    max_batch_size: int | None = Field(None, ge=1, le=1024)
+    """Slots: sequences decoded together. None: 16 on a CPU, 64 on a GPU."""
     max_context_tokens: int | None = Field(None, ge=1)
     """Prompt and answer of one sequence; None takes the model's own limit."""
     kv_budget_tokens: int | None = Field(None, ge=1)
