@@ -108,16 +108,15 @@ async def by_own_continuous(model: Any, chats: list[Chat]) -> int:
         continuous_batching_config=transformers.ContinuousBatchingConfig(num_blocks=1024, max_batch_tokens=512),
     )
     manager.start()
-    made = {}
     try:
         for place, chat in enumerate(chats):
             manager.add_request(list(chat.ids), request_id=str(place), max_new_tokens=chat.tokens, streaming=True)
-        while sum(n >= chat.tokens for n, chat in zip(made.values(), chats, strict=False)) < len(chats):
-            result = await asyncio.to_thread(manager.get_result, timeout=60)
-            assert result is not None
-            made[result.request_id] = len(result.generated_tokens)
-            if len(made) == len(chats) and all(made[str(p)] >= chat.tokens for p, chat in enumerate(chats)):
-                break
+        made = {}
+        while len(made) < len(chats):
+            result = await asyncio.to_thread(manager.get_result, timeout=10)
+            if result is not None and result.is_finished():
+                made[result.request_id] = len(result.generated_tokens)
+            assert result is not None or manager.is_running(), manager.background_thread_status.fatal_error
     finally:
         await asyncio.to_thread(manager.stop, block=True)
     return sum(made.values())
@@ -160,7 +159,8 @@ async def main() -> None:
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {args.threads} threads, load average "
         f"{os.getloadavg()[0]:.1f}; torch {torch.__version__}, transformers {transformers.__version__}, Python "
-        f"{platform.python_version()}; {MODEL} float32, {args.chats} chats, greedy, {args.rounds} rounds (median)"
+        f"{platform.python_version()}; {MODEL} float32, {args.chats} chats, greedy, {args.rounds} rounds (median)",
+        flush=True,
     )
     for name, chats in loads.items():
         await compare(name, chats, engine, plain, args)
@@ -177,10 +177,10 @@ async def compare(name: str, chats: list[Chat], engine: TransformersEngine, plai
         await timed(sampled, lambda: by_engine(engine, chats, sampled), tokens)
         if args.own_continuous:
             await timed(own, lambda: by_own_continuous(plain, chats), tokens)
-    print(f"{name}: {tokens} tokens")
+    print(f"{name}: {tokens} tokens", flush=True)
     print(static.line("transformers, static batch", tokens, None))
     print(mine.line("tokenfleet", tokens, static))
-    print(sampled.line("tokenfleet, default sampling", tokens, static))
+    print(sampled.line("tokenfleet, default sampling", tokens, static), flush=True)
     if args.own_continuous:
         print(own.line("transformers, continuous batching", tokens, static))
 
