@@ -30,7 +30,7 @@ from tests.fleets import Fleet, Worker, wait_until
 from tokenfleet import Client, Job
 from tokenfleet.producer.aio import AsyncStream
 from tokenfleet.wire.errors import TokenfleetError
-from tokenfleet.wire.events import AnyEvent, Delta, encode
+from tokenfleet.wire.events import AnyEvent, Delta, Started, encode
 
 
 class History:
@@ -54,9 +54,23 @@ class Reading:
         self.job = job
         self.by = by
         self.events: list[AnyEvent] = []
+        self.delta_times: list[float] = []
+        self.takeovers: list[tuple[float, float]] = []
+        """Per takeover that fell into the stream: the last delta before it, the first one after; monotonic seconds."""
+        self._is_taken_over = False
         self.error: Exception | None = None
         self.pause_s = 0.0
         self.future: Future[None]
+
+    def hear(self, event: AnyEvent, t: float) -> None:
+        self.events.append(event)
+        if isinstance(event, Started):
+            self._is_taken_over = event.epoch > 1 and bool(self.delta_times)
+        elif isinstance(event, Delta):
+            if self._is_taken_over:
+                self.takeovers.append((self.delta_times[-1], t))
+                self._is_taken_over = False
+            self.delta_times.append(t)
 
     @property
     def tokens(self) -> int:
@@ -130,7 +144,7 @@ class Trial:
             for seq, event in batch:
                 raw = msgspec.Raw(encode(event))
                 self.history.note("event", by=reading.by, job=reading.job.id, seq=seq, event=raw)
-                reading.events.append(event)
+                reading.hear(event, time.monotonic())
             if reading.pause_s:
                 await asyncio.sleep(reading.pause_s)
 
