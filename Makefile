@@ -60,8 +60,8 @@ format: $(READY) ## format, and fix what the linter can fix
 bench: $(READY) ## run bench/ and print the figures with hardware, versions and spread
 	$(PY) -m bench
 
-chaos: $(READY) ## the long run of kills and outages
-	$(PY) -m pytest tests/faults -m 'fault' --session-timeout=14400 $(PYTEST_ARGS)
+chaos: $(READY) ## the long run of kills and outages (CHAOS_ARGS='--full --write' for docs/reliability.md)
+	$(PY) -m bench.chaos $(CHAOS_ARGS)
 
 compose-test: $(READY) ## build and start docker-compose.yml for real (root, Linux; fetches a Docker engine where none runs)
 	$(PY) -m pytest tests/compose -m compose $(PYTEST_ARGS)

@@ -1,0 +1,218 @@
+"""Does the suite notice? ``python -m bench.mutants [NAME…] [--write]``.
+
+Each mutant is the product with one promise broken, by a patch of text, in a copy of the tree in a temporary folder.
+A few tests are run against it there: at least one must fail. ``--write`` puts the outcome into docs/reliability.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+DOCUMENT = ROOT / "docs" / "reliability.md"
+BEGIN, END = "<!-- mutants: written by bench/mutants.py -->", "<!-- end of mutants -->"
+STATEFUL = "tests/unit/test_ledger_stateful.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """``old`` stands in ``file`` exactly once."""
+
+    name: str
+    promise: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def faults(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/faults/test_{name}" for name in names)
+
+
+MUTANTS = [
+    Mutant(
+        "no-epoch-check", "writes are fenced by epoch and owner", "wire/lua/append.lua",
+        "elseif f[1] ~= 'running' or f[2] ~= epoch or f[3] ~= owner then", "elseif f[1] ~= 'running' then",
+        (*faults("fencing.py::test_a_worker_cut_off_from_redis_is_fenced_when_it_is_back"), STATEFUL),
+    ),
+    Mutant(
+        "publish-before-append", "durable first, live second", "wire/lua/append.lua",
+        "    local fresh = {}\n",
+        "    local fresh = {}\n"
+        "    publish(id, first, table.concat(ARGV, ',', events, events + upto - first))\n",
+        (STATEFUL,),
+    ),
+    Mutant(
+        "no-dedupe", "a retried batch whose reply was lost is written once", "wire/lua/append.lua",
+        "for s = seq + 1, upto do", "for s = first, upto do",
+        faults("fencing.py::test_lost_replies_and_short_cuts_are_no_fence"),
+    ),
+    Mutant(
+        "cursor-off-by-one", "a reader's cursor points behind what it has", "producer/collector.py",
+        "for event in events[expected - seq :]:", "for event in events[max(0, expected - seq - 1) :]:",
+        faults("readers.py::test_connections_killed_every_200_ms"),
+    ),
+    Mutant(
+        "gap-not-filled", "gaps of the channel are filled from the log", "producer/collector.py",
+        "self._read_log = True  # a gap: the log has what is missing", "pass",
+        faults("readers.py::test_a_frozen_reader_is_cut_off_and_catches_up",
+               "readers.py::test_connections_killed_every_200_ms"),
+    ),
+    Mutant(
+        "silent-jobs-not-asked-for", "a lost last message hangs no reader", "producer/collector.py",
+        "polled = await self._ledger.poll(silent)", "polled = []; silent = []",
+        faults("readers.py::test_a_dropped_last_message_hangs_nobody"),
+    ),
+    Mutant(
+        "strike-not-counted", "three strikes end a poison job", "wire/lua/common.lua",
+        "elseif f[4] ~= f[1] then strikes = strikes + 1 end", "end",
+        faults("poison.py::test_an_engine_that_dies_under_a_job_is_a_strike_too"),
+    ),
+    Mutant(
+        "waiting-is-a-strike", "who waits to run alone takes no strike", "wire/lua/common.lua",
+        "elseif f[4] ~= f[1] then strikes = strikes + 1 end", "else strikes = strikes + 1 end",
+        (*faults("poison.py::test_only_the_poison_among_64_neighbours_is_given_up"), STATEFUL),
+    ),
+    Mutant(
+        "starts-over", "a takeover continues from what was delivered", "workers/served.py",
+        "for index, choice in delivered.choices.items()", "for index, choice in ()",
+        faults("continuations.py::test_kinds_of_events_after_a_takeover"),
+    ),
+    Mutant(
+        "terminal-twice", "one terminal event, last", "wire/lua/cancel.lua",
+        "if has_ended(state) then return { 'ended', state } end\n", "",
+        (*faults("endings.py::test_cancel_against_finish_gives_one_end"), STATEFUL),
+    ),
+    Mutant(
+        "outage-lapses-leases", "time in which Redis was away counts for nobody", "wire/lua/reap.lua",
+        "if last > 0 and NOW - last > normal_gap then", "if false then",
+        (*faults("redis_outages.py::test_redis_away_for_ten_seconds_under_64_streams"), STATEFUL),
+    ),
+    Mutant(
+        "leases-never-lapse", "a dead or frozen worker's jobs go to others", "wire/lua/reap.lua",
+        "local r, p = bury(wid)", "local r, p = 0, 0",
+        faults("fencing.py::test_a_frozen_worker_that_comes_back_is_fenced"),
+    ),
+    Mutant(
+        "lost-by-age", "a backlog is no loss", "wire/lua/reap.lua",
+        "local lost = empty and NOW", "local lost = NOW",
+        faults("overload.py::test_a_backlog_of_10000_is_no_loss"),
+    ),
+    Mutant(
+        "lost-never-found", "a lost message is sent again", "wire/lua/reap.lua",
+        "          if lost then\n", "          if false then\n",
+        faults("takeover.py::test_a_lost_celery_message_is_found"),
+    ),
+    Mutant(
+        "zombie-goes-on", "a fenced attempt stops and frees its slot", "workers/publisher.py",
+        "            self._on_lost(status)\n", "",
+        faults("fencing.py::test_a_frozen_worker_that_comes_back_is_fenced"),
+    ),
+    Mutant(
+        "leaving-cancels", "a shutdown hands over, it does not cancel", "workers/runtime.py",
+        "if self.is_draining or self.is_leaving():", "if False:",
+        faults("drain.py::test_a_second_signal_hands_over_immediately"),
+    ),
+    Mutant(
+        "hang-not-noticed", "a hung engine loses its lease", "workers/health.py",
+        "return now - self._last[1] <", "return True or now - self._last[1] <",
+        faults("engine_faults.py::test_a_hung_engine_loses_its_lease_by_decision"),
+    ),
+    Mutant(
+        "no-expiry", "nothing is left after retention", "wire/lua/common.lua",
+        "  redis.call('PEXPIRE', log_key(id), keep)\n", "",
+        (STATEFUL,),
+    ),
+    Mutant(
+        "cut-log-goes-on", "never other text for a delivered index", "wire/lua/append.lua",
+        "elseif first > num(f[4]) + 1 then", "elseif false then",
+        (*faults("redis_outages.py::test_a_log_cut_behind_a_reader_ends_with_lost_state"), STATEFUL),
+    ),
+    Mutant(
+        "runs-expired-jobs", "what is past its time-to-live never runs", "wire/lua/claim.lua",
+        "if f[1] == 'queued' and due and num(due) <= NOW then", "if false then",
+        (STATEFUL,),
+    ),
+]  # fmt: skip
+
+
+def run(mutant: Mutant, limit_s: float) -> str:
+    """``killed by TEST``, or ``SURVIVED``."""
+    with tempfile.TemporaryDirectory(prefix="tf-mutant-") as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(ROOT, tree, symlinks=True, ignore=shutil.ignore_patterns(".*", "*.egg-info", "__pycache__"))
+        file = tree / mutant.file
+        text = file.read_text()
+        if text.count(mutant.old) != 1:
+            return f"STALE: its text stands {text.count(mutant.old)} times in {mutant.file}"
+        file.write_text(text.replace(mutant.old, mutant.new))
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-rf",
+            "--no-header",
+            "-p",
+            "no:cacheprovider",
+            *mutant.tests,
+        ]
+        try:
+            done = subprocess.run(
+                command, cwd=tree, env={**os.environ, "PYTHONPATH": str(tree)}, capture_output=True, text=True,
+                timeout=limit_s, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return "killed (the tests did not end)"
+        if done.returncode == 0:
+            return "SURVIVED"
+        failed = [
+            line.split(" - ")[0].split("::")[-1] for line in done.stdout.splitlines() if line.startswith("FAILED")
+        ]
+        if done.returncode != 1 or not failed:
+            return f"ERROR: {done.stdout[-300:]} {done.stderr[-300:]}"
+        return f"killed by `{failed[0]}`"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args()
+    outcomes: list[tuple[Mutant, str]] = []
+    for mutant in MUTANTS:
+        if args.names and mutant.name not in args.names:
+            continue
+        started = time.monotonic()
+        outcomes.append((mutant, run(mutant, 400)))
+        print(f"{mutant.name}: {outcomes[-1][1]} ({time.monotonic() - started:.0f} s)", flush=True)
+    killed = sum(outcome.startswith("killed") for _, outcome in outcomes)
+    print(f"{killed} of {len(outcomes)} mutants killed")
+    if args.write:
+        write(outcomes)
+    return 0 if killed == len(outcomes) else 1
+
+
+def write(outcomes: list[tuple[Mutant, str]]) -> None:
+    rows = "\n".join(f"| `{mutant.name}` | {mutant.promise} | {outcome} |" for mutant, outcome in outcomes)
+    body = f"{BEGIN}\n| mutant | the promise it breaks | outcome |\n|---|---|---|\n{rows}\n{END}"
+    text = DOCUMENT.read_text()
+    if BEGIN in text:
+        head, _, rest = text.partition(BEGIN)
+        DOCUMENT.write_text(head + body + rest.partition(END)[2])
+    else:
+        DOCUMENT.write_text(f"{text.rstrip()}\n\n## Mutants\n\n{body}\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
