@@ -1,7 +1,7 @@
 """From a chat request to the prompt's token ids: the one place where conversations become text, for all engines.
 
     render = renderer(tokenizer, template="qwen3")      # once, at start
-    prompt = render(request)                            # per request; requests share no state
+    prompt = render(request, media)                     # per request; requests share no state
 
 Named templates are tokenised piece by piece, as LLaMA-Factory does (ids depend on the borders); the model's own chat
 template as one text, as transformers does. docs/templates.md says more.
@@ -15,6 +15,7 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
+from tokenfleet.engines.base import Media
 from tokenfleet.engines.templates import own
 from tokenfleet.engines.templates.answer import begin_call, parser_of, parser_of_own, visible_ids
 from tokenfleet.engines.templates.choice import Offer, offer
@@ -68,14 +69,20 @@ def renderer(
     default_system: str | None = None,
     enable_thinking: bool | None = None,
     options: PromptOptions = _DEFAULTS,
-) -> Callable[[ChatRequest], RenderedPrompt]:
-    """`render` for one served model. None means "not set" here. Raises `ConfigurationError` (an unknown name)."""
+) -> Callable[[ChatRequest, tuple[Media, ...]], RenderedPrompt]:
+    """`render` for one served model. None means "not set" here. Raises `ConfigurationError` (an unknown name).
+
+    The media's bytes say nothing about the text, only about ids: they are for a model that expands placeholders."""
     if default_system is not None:
         options = replace(options, default_system=default_system)
     if enable_thinking is not None:
         options = replace(options, enable_thinking=enable_thinking)
     loaded = load_template(template, tokenizer)
-    return lambda request: render(request, tokenizer, loaded, options=options)
+
+    def render_one(request: ChatRequest, media: tuple[Media, ...] = ()) -> RenderedPrompt:
+        return render(request, tokenizer, loaded, options=options)
+
+    return render_one
 
 
 def render(

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from tokenfleet.wire.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from tokenfleet.engines.base import Engine
+    from tokenfleet.engines.base import Engine, Media
     from tokenfleet.engines.prompts import RenderedPrompt
     from tokenfleet.engines.tokenizer import Tokenizer
     from tokenfleet.wire.chat import ChatRequest
@@ -35,11 +35,13 @@ class ModelSettings:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A started engine with its tokenizer, and how its prompts are rendered."""
+    """A started engine with its tokenizer, and how its prompts are rendered.
+
+    ``render(request, media)``: ``media`` are the bytes of the request's media parts, in the order of these."""
 
     engine: Engine
     tokenizer: Tokenizer
-    render: Callable[[ChatRequest], RenderedPrompt]
+    render: Callable[[ChatRequest, tuple[Media, ...]], RenderedPrompt]
 
 
 async def load(name: str, args: Mapping[str, Any], settings: ModelSettings) -> Loaded:
@@ -78,7 +80,7 @@ async def _scripted(args: Mapping[str, Any], settings: ModelSettings) -> Loaded:
     await engine.start()
     tokenizer = engine.tokenizer
 
-    def render(request: ChatRequest) -> RenderedPrompt:
+    def render(request: ChatRequest, media: tuple[Media, ...]) -> RenderedPrompt:
         if request.prompt is None:
             ids = tokenizer.render_chat(request.messages, system=request.system)
         else:

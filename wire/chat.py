@@ -154,6 +154,17 @@ class ChatRequest(_Wire):
     template_kwargs: dict[str, Any] = Field(default_factory=dict)
     params: GenerationParams = GenerationParams()
 
+    @property
+    def media(self) -> tuple[MediaPart, ...]:
+        """All media parts, in the order of the conversation."""
+        return tuple(
+            part
+            for message in self.messages
+            if isinstance(message.content, tuple)
+            for part in message.content
+            if isinstance(part, MediaPart)
+        )
+
     @model_validator(mode="after")
     def _messages_or_prompt(self) -> Self:
         if (self.prompt is None) == (not self.messages):

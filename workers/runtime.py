@@ -18,9 +18,17 @@ import redis
 import redis.asyncio
 from redis.exceptions import RedisError
 
+from tokenfleet.engines.base import Media
 from tokenfleet.engines.generation import generate_deltas
 from tokenfleet.wire.chat import ChatRequest, ScoreRequest
-from tokenfleet.wire.errors import EngineDead, FleetUnavailable, LostState, TokenfleetError, UnknownJob
+from tokenfleet.wire.errors import (
+    EngineDead,
+    FleetUnavailable,
+    InvalidRequest,
+    LostState,
+    TokenfleetError,
+    UnknownJob,
+)
 from tokenfleet.wire.events import Failed, Finished, Started, Usage
 from tokenfleet.wire.jobs import JobOptions, ServedModel, dump_request, parse_request
 from tokenfleet.wire.keys import new_id
@@ -213,7 +221,8 @@ class Runtime:
             if is_suspect and (status := await patiently(lambda: self.ledger.begin(claim))) != "ok":
                 writer.lose(status)
                 await asyncio.sleep(0)  # where it takes effect
-            prepared = await self.served.prepare(request, claim, attempt.delivered)
+            media = await self._media(request)
+            prepared = await self.served.prepare(request, claim, attempt.delivered, media)
             attempt.prompt_tokens = prepared.prompt_tokens
             fields: dict[str, str | bytes] = {}
             if not claim.prompt or prepared.is_fresh:
@@ -229,6 +238,13 @@ class Runtime:
                 case ScoreRequest():
                     await self._score(attempt, prepared, request.adapter)
         await writer.flushed()
+
+    async def _media(self, request: ChatRequest | ScoreRequest) -> tuple[Media, ...]:
+        """The bytes of the request's media parts, in their order."""
+        if isinstance(request, ScoreRequest) or not request.media:
+            return ()
+        self.served.check_media(request)
+        raise InvalidRequest("Media can't be fetched yet.", code="unsupported_media", param="messages")
 
     async def _chat(self, attempt: Attempt, prepared: Prepared, share: Share | None) -> None:
         """``share``: ends being alone, to be called once the job has made progress."""

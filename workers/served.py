@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from tokenfleet.engines.base import Engine
+from tokenfleet.engines.base import Engine, Media
 from tokenfleet.engines.generation import DeliveredChoice, GenerationJob, resolve_max_new_tokens
 from tokenfleet.engines.registry import Loaded, ModelSettings, load
 from tokenfleet.engines.support import check_supported, continuation
@@ -15,6 +15,7 @@ from tokenfleet.engines.tokenizer import Tokenizer
 from tokenfleet.wire.chat import ChatRequest, ScoreRequest
 from tokenfleet.wire.errors import InvalidRequest, StreamInterrupted
 from tokenfleet.wire.ledger import Claim
+from tokenfleet.wire.media import check_modalities
 from tokenfleet.workers.settings import WorkerSettings
 from tokenfleet.workers.takeover import Delivered
 
@@ -67,16 +68,26 @@ class Served:
         if self._loaded is not None:
             await self.engine.close()
 
-    async def prepare(self, request: ChatRequest | ScoreRequest, claim: Claim, delivered: Delivered) -> Prepared:
+    def check_media(self, request: ChatRequest) -> None:
+        """Before any medium is fetched. Raises `InvalidRequest` (``unsupported_modality``)."""
+        check_modalities(self.engine.info.modalities, request.media)
+
+    async def prepare(
+        self, request: ChatRequest | ScoreRequest, claim: Claim, delivered: Delivered, media: tuple[Media, ...] = ()
+    ) -> Prepared:
         """Render, check and limit; a continuation takes the stored prompt ids. Raises `CallerError`s before prefill,
-        `StreamInterrupted` if what was delivered can't be continued here."""
+        `StreamInterrupted` if what was delivered can't be continued here.
+
+        ``media``: the bytes of ``request.media``, in the same order."""
         if isinstance(request, ScoreRequest):
             return await asyncio.to_thread(self._prepare_scores, request)
-        if len(claim.request) > _INLINE_CHARS:
-            return await asyncio.to_thread(self._prepare_chat, request, claim, delivered)
-        return self._prepare_chat(request, claim, delivered)
+        if media or len(claim.request) > _INLINE_CHARS:
+            return await asyncio.to_thread(self._prepare_chat, request, claim, delivered, media)
+        return self._prepare_chat(request, claim, delivered, media)
 
-    def _prepare_chat(self, request: ChatRequest, claim: Claim, delivered: Delivered) -> Prepared:
+    def _prepare_chat(
+        self, request: ChatRequest, claim: Claim, delivered: Delivered, media: tuple[Media, ...]
+    ) -> Prepared:
         info = self.engine.info
         check_supported(info.name, request.params)
         if request.adapter is not None and request.adapter not in info.adapters:
@@ -91,7 +102,7 @@ class Served:
                 code="not_durable",
                 hint="Leave out durable, or the parameters that docs/reliability.md marks 'no'.",
             )
-        prompt = self.loaded.render(request)
+        prompt = self.loaded.render(request, media)
         ids, is_fresh = prompt.ids, True
         if claim.prompt and delivered.choices:
             self._check_continuable(request, claim)
@@ -106,6 +117,7 @@ class Served:
             stop=prompt.stop_strings,
             visible_ids=frozenset(prompt.visible_ids),
             adapter=request.adapter,
+            media=media,
             prompt_text=prompt.text,
             delivered={
                 index: DeliveredChoice(tuple(choice.ids), choice.text, is_finished=bool(choice.finish_reason))
