@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenfleet.wire.chat import FinishReason, FunctionCall, ToolCall
-from tokenfleet.wire.toolformats import READERS, Calls, NoCall, Reader
+from tokenfleet.wire.toolformats import READERS, Awaited, Calls, NoCall, Reader
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,8 @@ class ToolParser:
         self._mode = "think" if self._think and parser.get("open") else "start" if self._think else "text"
         self._is_blank = self._mode == "think"  # nothing but blanks since the thoughts or a call: they are dropped
         self._calls = 0
+        self._awaited: tuple[str, ...] = ()  # words without which the call that was begun is neither one nor none
+        self._looked_at = 0  # how much of what is held has been searched for them
         self._prefix: str = parser.get("prefix") or ""
 
     @property
@@ -135,6 +137,9 @@ class ToolParser:
             self._mode, self._is_blank = "text", True
 
     def _text(self, is_final: bool) -> Iterator[ParsedDelta]:
+        if self._awaited and not is_final and not self._is_awaited_there():
+            return
+        self._awaited = ()
         while True:
             if self._is_blank:
                 self._held = self._held.lstrip()
@@ -149,7 +154,9 @@ class ToolParser:
                 yield self._show(at - blanks)
                 at = blanks
             outcome = reader.read(self._held[at:], is_final)
-            if outcome is None and not is_final:
+            if isinstance(outcome, Awaited) and not is_final:
+                self._awaited, self._looked_at = outcome.words, len(self._held)
+            if isinstance(outcome, Awaited | None) and not is_final:
                 return
             if isinstance(outcome, Calls):
                 self._held = self._held[at + outcome.end :]
@@ -174,6 +181,10 @@ class ToolParser:
             yield self._show(len(text))
         if is_final:
             self._held = ""
+
+    def _is_awaited_there(self) -> bool:
+        looked_at, self._looked_at = self._looked_at, len(self._held)
+        return any(self._held.find(word, max(0, looked_at - len(word) + 1)) >= 0 for word in self._awaited)
 
     def _candidate(self) -> tuple[int, Reader] | None:
         """Where a call may begin, and who can read it."""

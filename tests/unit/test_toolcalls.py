@@ -10,6 +10,7 @@ import itertools
 import json
 import subprocess
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ from tokenfleet.wire.toolformats import READERS
 
 EXTRACTED = vectors.load()["tool_extract"]
 THINK = ["<think>", "</think>"]
+_CALLS, _CALL = "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"
 WEATHER = {"name": "get_weather", "arguments": '{"city": "Paris", "unit": "c"}'}
 ROUTE = {"stops": [{"lat": 1.5, "tags": ["a", "b"]}, {"lat": -2, "tags": []}], "opts": {"toll": False, "note": None}}
 BOTH = [
@@ -380,6 +382,34 @@ def test_long_calls_cost_time_in_proportion() -> None:
     for at in range(0, len(text), 4):
         deltas += parser.feed(text[at : at + 4])
     assert len(assemble(deltas).tool_calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("qwen", '<tool_call>{"name": "a", "arguments": {"x": "' + "</tool_call>" * 1000),
+        ("glm4_moe", '<tool_call>{"name": "a", "arguments": {"x": "' + "</tool_call>" * 1000),
+        ("minimax2", "<minimax:tool_call>" + '<invoke name="a">' * 1000 + "</minimax:tool_call>"),
+        ("gpt_oss", "<|channel|>commentary to=functions.a <|constrain|>json" * 300),
+        ("deepseek", f"{_CALLS}{_CALL}f<｜tool▁sep｜>" + " " * 60_000 + "x<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
+    ],
+    ids=lambda value: value if len(value) < 20 else "",
+)
+def test_no_text_makes_reading_slow(name: str, text: str) -> None:
+    """What a model can be talked into writing is read in a gateway's event loop; each of these took minutes."""
+    parser, start = ToolParser({"tools": name}), time.process_time()
+    deltas: list[ParsedDelta] = []
+    for at in range(0, len(text), 4):
+        deltas += parser.feed(text[at : at + 4])
+        assert time.process_time() - start < 15
+    assert assemble(deltas + parser.close()).tool_calls == ()
+
+
+def test_a_closing_mark_may_stand_in_a_calls_strings_some_times() -> None:
+    arguments = {"a": "</tool_call>" * 20}
+    text = f"<tool_call>{json.dumps({'name': 'f', 'arguments': arguments})}</tool_call>"
+    [call] = called(parse(text, {"tools": "qwen"}))
+    assert json.loads(call["arguments"]) == arguments
 
 
 def test_reading_calls_needs_nothing_heavy() -> None:

@@ -5,7 +5,7 @@ says: these are calls, this is none, or not known yet. What it says depends on t
 A call is given out when it is complete and valid: nobody ever gets half a call that turns out to be none.
 """
 
-from tokenfleet.wire.toolformats.base import Calls, FunctionCall, NoCall, Outcome, Reader, calls_of
+from tokenfleet.wire.toolformats.base import Awaited, Calls, FunctionCall, NoCall, Outcome, Reader, calls_of
 from tokenfleet.wire.toolformats.blocks import (
     block,
     deepseek,
@@ -19,7 +19,7 @@ from tokenfleet.wire.toolformats.blocks import (
 from tokenfleet.wire.toolformats.notations import python_calls, read_gemma4
 from tokenfleet.wire.toolformats.whole import read_default, read_glm4, whole
 
-__all__ = ["READERS", "Calls", "FunctionCall", "NoCall", "Outcome", "Reader"]
+__all__ = ["READERS", "Awaited", "Calls", "FunctionCall", "NoCall", "Outcome", "Reader"]
 
 _default = Reader(("Action:",), read_default)
 # No mark may begin with another: what is seen first depends on how the text is cut.

@@ -32,7 +32,14 @@ class NoCall:
     end: int
 
 
-Outcome = Calls | NoCall | None
+@dataclass(frozen=True, slots=True)
+class Awaited:
+    """As None, until one of these ``words`` is complete (or the text ends): no need to look again before."""
+
+    words: tuple[str, ...]
+
+
+Outcome = Calls | NoCall | Awaited | None
 """None: more text is needed, or, at its end, a call was begun and not finished."""
 
 
@@ -96,6 +103,16 @@ def value_of(text: str) -> Any:
         return strict_json(text.strip())
     except (ValueError, RecursionError):
         return text
+
+
+def sections(text: str, head: re.Pattern[str], closed: str) -> list[tuple[str, str]]:
+    """(first group of ``head``, text from there to ``closed``) one after the other, in time linear in ``text``: a
+    pattern with two lazy groups takes hours for what a model can be talked into writing."""
+    found, at = [], 0
+    while (opened := head.search(text, at)) and (end := text.find(closed, opened.end())) >= 0:
+        found.append((opened[1], text[opened.end() : end]))
+        at = end + len(closed)
+    return found
 
 
 def is_in_string(text: str) -> bool:

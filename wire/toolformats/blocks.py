@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 
 from tokenfleet.wire.toolformats.base import (
+    Awaited,
     Calls,
     FunctionCall,
     NoCall,
@@ -15,9 +16,13 @@ from tokenfleet.wire.toolformats.base import (
     beginning_of,
     calls_of,
     is_in_string,
+    sections,
     strict_json,
     value_of,
 )
+
+_MOST_CLOSINGS = 32
+"""Closing marks in the strings of one call; with more of them it is text."""
 
 
 def block(
@@ -35,18 +40,21 @@ def block(
     likely = re.compile(rf"{re.escape(opened)}\s*(?:{begins}|$)", re.DOTALL)
 
     def read(text: str, is_final: bool) -> Outcome:
-        if not likely.match(text):
+        begun = likely.match(text)
+        if not begun:
             return NoCall(len(opened))
-        end = text.find(closed, len(opened))
+        closings, end = 0, text.find(closed, len(opened))
         while end >= 0:
-            inner = text[len(opened) : end]
+            inner, closings = text[len(opened) : end], closings + 1
             if calls := parse(inner):
                 return Calls(calls, end + len(closed))
-            if not is_in_string(inner):
+            if closings > _MOST_CLOSINGS or not is_in_string(inner):
                 return NoCall(end + len(closed))
             end = text.find(closed, end + 1)
         calls = parse(text[len(opened) :]) if is_final and may_stay_open else ()
-        return Calls(calls, len(text)) if calls else None
+        if calls:
+            return Calls(calls, len(text))
+        return Awaited((closed,)) if begun.end() < len(text) else None
 
     return Reader((opened,), read, (closed,))
 
@@ -55,9 +63,9 @@ def json_lines(inner: str) -> tuple[FunctionCall, ...]:
     return tuple(call for line in inner.split("\n") if line.strip() for call in calls_of(line))
 
 
-_INVOKE = re.compile(r'<invoke name="(.*?)">(.*?)</invoke>', re.DOTALL)
-_INVOKE_PARAMETER = re.compile(r'<parameter name="(.*?)">(.*?)</parameter>', re.DOTALL)
-_PARAMETER = re.compile(r"<parameter=(.*?)>(.*?)</parameter>", re.DOTALL)
+_INVOKE = re.compile(r'<invoke name="([^"]*)">')
+_INVOKE_PARAMETER = re.compile(r'<parameter name="([^"]*)">')
+_PARAMETER = re.compile(r"<parameter=([^>]*)>")
 
 
 def _arguments(pairs: list[tuple[str, str]], *, is_stripped: bool = False) -> str:
@@ -66,8 +74,10 @@ def _arguments(pairs: list[tuple[str, str]], *, is_stripped: bool = False) -> st
 
 
 def invokes(inner: str) -> tuple[FunctionCall, ...]:
-    found = _INVOKE.findall(inner)
-    return tuple(FunctionCall(name.strip(), _arguments(_INVOKE_PARAMETER.findall(body))) for name, body in found)
+    return tuple(
+        FunctionCall(name.strip(), _arguments(sections(body, _INVOKE_PARAMETER, "</parameter>")))
+        for name, body in sections(inner, _INVOKE, "</invoke>")
+    )
 
 
 def functions(opened: str, closed: str, *, is_stripped: bool) -> Reader:
@@ -80,15 +90,18 @@ def functions(opened: str, closed: str, *, is_stripped: bool) -> Reader:
         named = head.match(text)
         end = tail.search(text)
         if named and end:
-            pairs = _PARAMETER.findall(text[named.end() : end.start()])
+            pairs = sections(text[named.end() : end.start()], _PARAMETER, "</parameter>")
             return Calls((FunctionCall(named[1], _arguments(pairs, is_stripped=is_stripped)),), end.end())
-        is_possible = named or start.fullmatch(text) or re.match(rf"{re.escape(opened)}\s*<function=", text)
+        if named:
+            return Awaited((closed,))
+        is_possible = start.fullmatch(text) or re.match(rf"{re.escape(opened)}\s*<function=", text)
         return None if is_possible else NoCall(len(opened))
 
     return Reader((opened,), read, (closed,))
 
 
-_PAIR = re.compile(r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>", re.DOTALL)
+_KEY = re.compile(r"\s*<arg_key>")
+_VALUE = re.compile(r"</arg_key>\s*<arg_value>")
 _XML_NAME = re.compile(r"\s*([^\s<>{}\[\]\"]+)\s*")
 
 
@@ -100,9 +113,12 @@ def _arg_pairs(inner: str) -> tuple[FunctionCall, ...]:
     if named is None:
         return ()
     pairs, at = [], named.end()
-    while pair := _PAIR.match(inner, at):
-        pairs.append((pair[1], pair[2]))
-        at = pair.end()
+    while key := _KEY.match(inner, at):
+        value = _VALUE.match(inner, key_end := inner.find("</arg_key>", key.end())) if "</arg_key>" in inner else None
+        if value is None or (end := inner.find("</arg_value>", value.end())) < 0:
+            break
+        pairs.append((inner[key.end() : key_end], inner[value.end() : end]))
+        at = end + len("</arg_value>")
     return () if inner[at:].strip() else (FunctionCall(named[1], _arguments(pairs)),)
 
 
@@ -114,33 +130,35 @@ def read_glm4_moe(text: str, is_final: bool) -> Outcome:
     opened, closed = "<tool_call>", "</tool_call>"
     outcome = _closed_pairs.read(text, is_final)
     following = text.find(opened, len(opened))
-    until = outcome.end if outcome else len(text)
+    until = len(text) if outcome is None or isinstance(outcome, Awaited) else outcome.end
     if 0 < following < until and (calls := _arg_pairs(text[len(opened) : following])):
         return Calls(calls, following)
-    if outcome is None and is_final:
+    if is_final and not isinstance(outcome, Calls | NoCall):
         inner = re.sub(rf"\s*{beginning_of(closed)}$", "", text[len(opened) :])
         if calls := _arg_pairs(inner):
             return Calls(calls, len(text))
-    return outcome
+    return Awaited((opened, closed)) if isinstance(outcome, Awaited) else outcome
 
 
-_DEEPSEEK_CALL = re.compile(
-    r"<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?([^\s<｜]+)(?:<｜tool▁sep｜>|\s*```json\s*)(.*?)(?:\s*```)?"
-    r"\s*<｜tool▁call▁end｜>",
-    re.DOTALL,
+_DEEPSEEK_HEAD = re.compile(
+    r"<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?([^\s<｜]+)(?:<｜tool▁sep｜>|\s*```json\s*)"
 )
 
 
 def deepseek(inner: str) -> tuple[FunctionCall, ...]:
     try:
-        found = [(name, strict_json(text)) for name, text in _DEEPSEEK_CALL.findall(inner)]
+        found = [
+            (name, strict_json(text.strip().removeprefix("```json").removesuffix("```")))
+            for name, text in sections(inner, _DEEPSEEK_HEAD, "<｜tool▁call▁end｜>")
+        ]
     except (ValueError, RecursionError):
         return ()
     return tuple(FunctionCall(name, as_json(value)) for name, value in found)
 
 
 _HARMONY_HEAD = re.compile(r"<\|channel\|>commentary to=functions\.([\w.-]+).*?<\|message\|>", re.DOTALL)
-_HARMONY_END = re.compile(r"<\|call\|>|<\|end\|>|<\|return\|>")
+_HARMONY_ENDS = ("<|call|>", "<|end|>", "<|return|>")
+_HARMONY_END = re.compile("|".join(map(re.escape, _HARMONY_ENDS)))
 
 
 def read_harmony(text: str, is_final: bool) -> Outcome:
@@ -149,10 +167,10 @@ def read_harmony(text: str, is_final: bool) -> Outcome:
     ``<|call|>`` ends the answer, and as a stop token it has no text: the answer's end counts as well."""
     head = _HARMONY_HEAD.match(text)
     if head is None:
-        return None
+        return Awaited(("<|message|>",))
     end = _HARMONY_END.search(text, head.end())
     if end is None and not is_final:
-        return None
+        return Awaited(_HARMONY_ENDS)
     after = end.end() if end else len(text)
     try:
         value = strict_json(text[head.end() : end.start() if end else len(text)])

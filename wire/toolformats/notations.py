@@ -9,7 +9,16 @@ import re
 import tokenize
 from typing import Any
 
-from tokenfleet.wire.toolformats.base import Calls, FunctionCall, NoCall, Outcome, as_json, beginning_of, strict_json
+from tokenfleet.wire.toolformats.base import (
+    Awaited,
+    Calls,
+    FunctionCall,
+    NoCall,
+    Outcome,
+    as_json,
+    beginning_of,
+    strict_json,
+)
 
 
 def python_calls(inner: str) -> tuple[FunctionCall, ...]:
@@ -66,7 +75,7 @@ def read_gemma4(text: str, is_final: bool) -> Outcome:
         return None if _GEMMA_START.fullmatch(text) else NoCall(len("<|tool_call>"))
     end = text.find("}<tool_call|>", head.end())
     if end < 0:
-        return None
+        return Awaited(("}<tool_call|>",))
     after = end + len("}<tool_call|>")
     try:
         arguments = _GemmaObject("{" + text[head.end() : end] + "}").value()
