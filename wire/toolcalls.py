@@ -86,6 +86,11 @@ class ToolParser:
     def has_calls(self) -> bool:
         return self._calls > 0
 
+    @property
+    def is_thinking(self) -> bool:
+        """Whether what comes next belongs to thoughts."""
+        return self._mode == "think"
+
     def feed(self, text: str) -> list[ParsedDelta]:
         self._held += self._prefix + text
         self._prefix = ""

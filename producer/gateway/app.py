@@ -10,10 +10,11 @@ from fastapi import Depends, FastAPI, Request
 from tokenfleet import __version__
 from tokenfleet.producer.aio import AsyncClient
 from tokenfleet.producer.apikeys import KeyStore
-from tokenfleet.producer.gateway import chat, models, operations
-from tokenfleet.producer.gateway.errors import on_error
+from tokenfleet.producer.gateway import chat, errors, models, operations
+from tokenfleet.producer.gateway.metrics import Metrics
+from tokenfleet.producer.gateway.outermost import Outermost
 from tokenfleet.producer.gateway.settings import GatewaySettings
-from tokenfleet.wire.errors import ConfigurationError, TokenfleetError
+from tokenfleet.wire.errors import ConfigurationError
 
 # Health says nothing about anybody; all else needs a key once there are keys.
 OPEN_PATHS = frozenset({"/health", "/ready"})
@@ -43,7 +44,9 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         title="tokenfleet", version=__version__, lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None,
         dependencies=[Depends(_guard)],
     )  # fmt: skip
-    app.add_exception_handler(TokenfleetError, on_error)
+    errors.install(app)
+    app.state.metrics = Metrics()
+    app.add_middleware(Outermost)
     for part in (chat, models, operations):
         app.include_router(part.router)
     return app

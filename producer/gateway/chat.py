@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from tokenfleet.producer.aio import AsyncClient, AsyncJob
-from tokenfleet.producer.gateway.bodies import read_body
-from tokenfleet.producer.gateway.chat_requests import from_chat_body, from_completion_body
-from tokenfleet.producer.gateway.chunks import (
-    ChatChunks,
-    TextChunks,
+from tokenfleet.producer.aio import AsyncClient, AsyncJob, raise_for
+from tokenfleet.producer.assembly import Assembly
+from tokenfleet.producer.gateway.answers import (
+    ReasoningCount,
     chat_message,
+    created_s,
     logprobs_object,
+    text_logprobs,
     usage_object,
 )
-from tokenfleet.producer.gateway.streaming import sse
+from tokenfleet.producer.gateway.bodies import read_body
+from tokenfleet.producer.gateway.chat_requests import from_chat_body, from_completion_body
+from tokenfleet.producer.gateway.chunks import ChatChunks, StreamOptions, TextChunks
+from tokenfleet.producer.gateway.metrics import Observed
+from tokenfleet.producer.gateway.streaming import Source, event_stream, last_event_id
 from tokenfleet.wire.chat import ChatRequest
 from tokenfleet.wire.errors import InvalidRequest, JobCancelled
-from tokenfleet.wire.events import Usage
+from tokenfleet.wire.events import AnyEvent, Finished, Usage
 from tokenfleet.wire.jobs import JobOptions
 from tokenfleet.wire.keys import new_id
 from tokenfleet.wire.results import ChatResult
@@ -34,41 +40,51 @@ router = APIRouter()
 async def chat_completions(request: Request) -> Response:
     body = await read_body(request)
     settings, tenant = request.app.state.settings, request.state.tenant
+    stream = StreamOptions.of(body)
     key = request.headers.get("idempotency-key")
     # A caller who can come back by his key keeps the job when his connection breaks.
     chat, options = from_chat_body(body, settings, tenant, cancel_on_disconnect=key is None)
     job, model = await submit(request, chat, options, body, key)
-    if body.get("stream"):
-        chunks = ChatChunks(job.id, model, _wants_usage(body))
-        return sse([job], [chunks.feed], _after(request))
-    result, created = await whole(request, [job])
-    return _json(_completion(result[0], model, created))
+    observed = request.app.state.metrics.job(model.partition(":")[0])
+    if stream is not None:
+        chunks = ChatChunks(job.id, model, stream, last_event_id(request))
+        return await event_stream(request, [Source(job, chunks.frame, observed)])
+    [answer] = await answers(request, [job], [observed])
+    return _json(completion_object(answer.result, model, answer.created, answer.reasoning_tokens))
 
 
 @router.post("/v1/completions")
 async def completions(request: Request) -> Response:
     body = await read_body(request)
     settings, tenant = request.app.state.settings, request.state.tenant
+    stream = StreamOptions.of(body)
     asked = from_completion_body(body, settings, tenant, cancel_on_disconnect=True)
     submitted = [await submit(request, chat, options, body, None) for chat, options in asked]
     jobs, model = [job for job, _ in submitted], submitted[0][1]
     n = asked[0][0].params.n
-    if body.get("stream"):
-        feeds = [TextChunks(job.id, model, _wants_usage(body), k * n).feed for k, job in enumerate(jobs)]
-        return sse(jobs, list(feeds), 0)
-    results, created = await whole(request, jobs)
+    observed = [request.app.state.metrics.job(model.partition(":")[0]) for _ in jobs]
+    if stream is not None:
+        # One usage, of all prompts together, comes last.
+        each = StreamOptions(stream.usage and len(jobs) == 1, stream.continuous and len(jobs) == 1)
+        chunks = [TextChunks(jobs[0].id, model, each, offset=k * n) for k in range(len(jobs))]
+        total = AllUsage(chunks[0], len(jobs)) if stream.usage and len(jobs) > 1 else None
+        frames = [chunk.frame if total is None else total.then(chunk) for chunk in chunks]
+        sources = [Source(*parts) for parts in zip(jobs, frames, observed, strict=True)]
+        return await event_stream(request, sources)
+    done = await answers(request, jobs, observed)
     choices = [
         {
             "index": k * n + c.index,
             "text": c.text,
-            "logprobs": _text_logprobs(c.logprobs),
+            "logprobs": text_logprobs(c.logprobs),
             "finish_reason": c.finish_reason,
         }
-        for k, result in enumerate(results)
-        for c in result.choices
+        for k, answer in enumerate(done)
+        for c in answer.result.choices
     ]
-    usage = Usage(sum(r.usage.prompt_tokens for r in results), sum(r.usage.completion_tokens for r in results))
-    head = {"id": f"cmpl-{jobs[0].id}", "object": "text_completion", "created": created, "model": model}
+    usages = [answer.result.usage for answer in done]
+    usage = Usage(sum(u.prompt_tokens for u in usages), sum(u.completion_tokens for u in usages))
+    head = {"id": f"cmpl-{jobs[0].id}", "object": "text_completion", "created": done[0].created, "model": model}
     return _json({**head, "choices": choices, "usage": usage_object(usage)})
 
 
@@ -94,22 +110,78 @@ def id_of_key(tenant: str, key: str) -> str:
     return f"{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:]}"
 
 
-async def whole(request: Request, jobs: list[AsyncJob]) -> tuple[list[ChatResult], int]:
+@dataclass(slots=True)
+class Answer:
+    """A job's whole answer. ``reasoning_tokens`` is None for a model without thoughts."""
+
+    result: ChatResult
+    created: int
+    reasoning_tokens: int | None
+
+
+async def answers(request: Request, jobs: list[AsyncJob], observed: list[Observed]) -> list[Answer]:
     """Wait for all; a client that leaves cancels them within 2 s (unless it can come back by its key)."""
-    waiting = asyncio.gather(*(job.result() for job in jobs))
+    waiting = asyncio.gather(*map(_answer, jobs, observed))
     try:
         while not (await asyncio.wait([waiting], timeout=0.5))[0]:
             if await request.is_disconnected():
                 raise JobCancelled("The client left.")
-        results = await waiting
-        return results, (await jobs[0].status()).submitted_ms // 1000
+        return await waiting
     except BaseException:
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
         raise
 
 
-def _completion(result: ChatResult, model: str, created: int) -> dict[str, Any]:
+async def whole(request: Request, jobs: list[AsyncJob]) -> tuple[list[ChatResult], int]:
+    """`answers`' results, and when the first job was submitted."""
+    done = await answers(request, jobs, [Observed.nothing() for _ in jobs])
+    return [answer.result for answer in done], done[0].created
+
+
+async def _answer(job: AsyncJob, observed: Observed) -> Answer:
+    assembly, reasoning, created = Assembly(job.id), ReasoningCount(), 0
+    try:
+        async with job.stream() as stream:
+            while batch := await stream.next_batch():
+                observed.batch(batch)
+                for _, event in batch:
+                    assembly.add(event)
+                    reasoning.add(event)
+                    created = created_s(event) or created
+    finally:
+        observed.close()
+    assert assembly.terminal is not None
+    raise_for(assembly.terminal)
+    return Answer(assembly.result(), created, reasoning.tokens if reasoning.has_thoughts else None)
+
+
+@dataclass
+class AllUsage:
+    """The usage of several prompts' jobs, streamed side by side, as one last chunk."""
+
+    chunks: TextChunks
+    left: int
+    _usages: list[Usage] = field(default_factory=list)
+
+    def then(self, chunk: TextChunks) -> Callable[[int, AnyEvent], bytes]:
+        """``chunk``'s frames, and after the last job's last the usage."""
+
+        def frame(seq: int, event: AnyEvent) -> bytes:
+            out = chunk.frame(seq, event)
+            if isinstance(event, Finished):
+                self._usages.append(event.usage)
+                if len(self._usages) == self.left:
+                    prompt = sum(usage.prompt_tokens for usage in self._usages)
+                    total = Usage(prompt, sum(usage.completion_tokens for usage in self._usages))
+                    out += b"data: %b\n\n" % msgspec.json.encode(self.chunks.on_usage(total))
+            return out
+
+        return frame
+
+
+def completion_object(result: ChatResult, model: str, created: int, reasoning: int | None = None) -> dict[str, Any]:
+    """The ``chat.completion`` of a finished job."""
     choices = []
     for choice in result.choices:
         message, reason = chat_message(
@@ -123,35 +195,8 @@ def _completion(result: ChatResult, model: str, created: int) -> dict[str, Any]:
         "created": created,
         "model": model,
         "choices": choices,
-        "usage": usage_object(result.usage),
+        "usage": usage_object(result.usage, reasoning),
     }
-
-
-def _text_logprobs(logprobs: Any) -> dict[str, Any] | None:
-    """The older API's parallel lists."""
-    if not logprobs:
-        return None
-    offsets, at = [], 0
-    for token in logprobs:
-        offsets.append(at)
-        at += len(token.token)
-    return {
-        "tokens": [t.token for t in logprobs],
-        "token_logprobs": [t.logprob for t in logprobs],
-        "top_logprobs": [{a.token: a.logprob for a in t.top} for t in logprobs],
-        "text_offset": offsets,
-    }
-
-
-def _wants_usage(body: dict[str, Any]) -> bool:
-    return bool((body.get("stream_options") or {}).get("include_usage"))
-
-
-def _after(request: Request) -> int:
-    last = request.headers.get("last-event-id", "0")
-    if not last.isdecimal():
-        raise InvalidRequest("Last-Event-ID: the id of an event of this stream is needed.", param="Last-Event-ID")
-    return int(last)
 
 
 def _json(value: Any) -> Response:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
+from tokenfleet.producer.gateway.constraints import CONSTRAINTS, constraint_of
 from tokenfleet.producer.gateway.settings import GatewaySettings
 from tokenfleet.wire.chat import ChatRequest
 from tokenfleet.wire.errors import InvalidRequest
@@ -20,13 +21,20 @@ _SAME = (
 )  # fmt: skip
 # Understood, and without effect on what is generated.
 _HARMLESS = (
-    "model", "messages", "stream", "stream_options", "user", "metadata", "store", "service_tier", "safety_identifier",
+    "model", "stream", "stream_options", "user", "metadata", "store", "service_tier", "safety_identifier",
     "prompt_cache_key",
 )  # fmt: skip
 _JOB = ("priority",)
-_CHAT = ("max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "response_format", "logit_bias",
-         "chat_template_kwargs", "reasoning_effort", "structured_outputs", "guided_json", "guided_regex",
-         "guided_grammar")  # fmt: skip
+_OURS = ("retention_s",)
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+_COMPLETION = ("prompt", "suffix", "best_of", "echo", "max_tokens", "logprobs", "logit_bias", *CONSTRAINTS)
+_CHAT = ("messages", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "logit_bias",
+         "chat_template_kwargs", "reasoning_effort", *CONSTRAINTS)  # fmt: skip
+# OpenAI's, that nothing here can do; saying so is better than leaving them out, whatever the setting.
+_REFUSED = {
+    "functions": "Use tools.", "function_call": "Use tool_choice.", "audio": "", "prediction": "",
+    "web_search_options": "", "moderation": "",
+}  # fmt: skip
 
 
 def from_chat_body(
@@ -38,20 +46,15 @@ def from_chat_body(
         raise InvalidRequest("messages: a list with at least one message is needed.", param="messages")
     if len(messages) > settings.max_messages:
         raise InvalidRequest(f"messages: at most {settings.max_messages} are taken.", param="messages")
-    if settings.unknown_fields == "refuse":
-        known = {*_SAME, *_HARMLESS, *_JOB, *_CHAT}
-        if unknown := sorted(set(body) - known):
-            raise InvalidRequest(f"Unknown field {unknown[0]!r}.", code="unknown_field", param=unknown[0])
-    named = _named(body, settings, tenant, cancel_on_disconnect)
-    limit = body.get("max_completion_tokens") or body.get("max_tokens")
-    if limit is not None:
-        named["max_new_tokens"] = limit
+    check_fields(body, {*_SAME, *_HARMLESS, *_JOB, *_OURS, *_CHAT}, settings)
+    named = named_of(body, settings, tenant, cancel_on_disconnect)
+    for name in ("max_tokens", "max_completion_tokens"):
+        if body.get(name) is not None:
+            named["max_new_tokens"] = body[name]
     if body.get("logprobs"):
-        named |= {"logprobs": True, "top_logprobs": body.get("top_logprobs") or 0}
+        named |= {"logprobs": body["logprobs"], "top_logprobs": body.get("top_logprobs") or 0}
     elif body.get("top_logprobs"):
         raise InvalidRequest("top_logprobs needs logprobs: true.", param="top_logprobs")
-    if kwargs := body.get("chat_template_kwargs"):
-        named["template_kwargs"] = kwargs
     return chat_request([_message(m, k, settings) for k, m in enumerate(messages)], named)
 
 
@@ -63,60 +66,69 @@ def from_completion_body(
     prompts = prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
     if not prompts or any(not isinstance(p, str | list) or not p for p in prompts):
         raise InvalidRequest("prompt: a string, a list of strings, or token ids are needed.", param="prompt")
+    if len(prompts) > settings.max_prompts:
+        raise InvalidRequest(f"prompt: at most {settings.max_prompts} are taken.", param="prompt")
     for name, allowed in (("suffix", None), ("best_of", 1), ("echo", False)):
         if body.get(name) not in (None, allowed):
             raise InvalidRequest(f"{name} is not supported.", code="unsupported_parameter", param=name)
-    named = _named(body, settings, tenant, cancel_on_disconnect)
-    named["max_new_tokens"] = body.get("max_tokens") or 16  # OpenAI's default here
+    check_fields(body, {*_SAME, *_HARMLESS, *_JOB, *_OURS, *_COMPLETION}, settings)
+    named = named_of(body, settings, tenant, cancel_on_disconnect)
+    named["max_new_tokens"] = 16 if body.get("max_tokens") is None else body["max_tokens"]  # OpenAI's default here
     if body.get("logprobs") is not None:
-        named |= {"logprobs": True, "top_logprobs": int(body["logprobs"])}
+        named |= {"logprobs": True, "top_logprobs": body["logprobs"]}
     return [chat_request((), {**named, "prompt": p if isinstance(p, str) else tuple(p or ())}) for p in prompts]
 
 
-def _named(body: Mapping[str, Any], settings: GatewaySettings, tenant: str, cancel: bool) -> dict[str, Any]:
+def check_fields(body: Mapping[str, Any], known: Set[str], settings: GatewaySettings) -> None:
+    """Raises `InvalidRequest` for what can't be done, and, unless unknown fields are to be ignored, for those."""
+    for name in _REFUSED.keys() & body.keys():
+        if body[name] is not None:
+            raise InvalidRequest(
+                f"{name} is not supported.", code="unsupported_parameter", hint=_REFUSED[name], param=name
+            )
+    if settings.unknown_fields == "refuse" and (unknown := sorted(set(body) - known - _REFUSED.keys())):
+        raise InvalidRequest(f"Unknown field {unknown[0][:64]!r}.", code="unknown_field", param=unknown[0][:64])
+
+
+def named_of(body: Mapping[str, Any], settings: GatewaySettings, tenant: str, cancel: bool) -> dict[str, Any]:
+    """The arguments by name that all of OpenAI's routes share."""
     named = dict(_OPENAI_DEFAULTS)
     named |= {name: body[name] for name in (*_SAME, *_JOB) if body.get(name) is not None}
     if bias := body.get("logit_bias"):
         named["logit_bias"] = bias
-    if (constraint := _constraint(body)) is not None:
+    if (constraint := constraint_of(body)) is not None:
         named["response_format"] = constraint
+    if (kwargs := body.get("chat_template_kwargs")) is not None:
+        named["template_kwargs"] = kwargs
+    if (effort := body.get("reasoning_effort")) is not None:
+        named.setdefault("enable_thinking", is_thinking_wanted(effort, "reasoning_effort"))
     named |= {
         "tenant": tenant,
         "cancel_on_disconnect": cancel,
-        "retention_s": settings.retention_s,
+        "retention_s": retention_of(body, settings),
         "deadline_s": settings.deadline_s,
         "queue_ttl_s": settings.queue_ttl_s,
     }
     return named
 
 
-def _constraint(body: Mapping[str, Any]) -> dict[str, Any] | None:
-    """OpenAI's response_format, or vLLM's structured_outputs and guided_*."""
-    wanted = body.get("response_format")
-    if isinstance(wanted, Mapping):
-        match wanted.get("type"):
-            case "text":
-                return None
-            case "json_object":
-                return {"type": "json_object"}
-            case "json_schema":
-                schema = (wanted.get("json_schema") or {}).get("schema")
-                if not isinstance(schema, Mapping):
-                    raise InvalidRequest("response_format.json_schema.schema is needed.", param="response_format")
-                return {"type": "json_schema", "json_schema": schema}
-            case other:
-                raise InvalidRequest(f"response_format: unknown type {other!r}.", param="response_format")
-    outputs = dict(body.get("structured_outputs") or {})
-    for name, old in (("json", "guided_json"), ("regex", "guided_regex"), ("grammar", "guided_grammar")):
-        if body.get(old) is not None:
-            outputs[name] = body[old]
-    if "json" in outputs:
-        return {"type": "json_schema", "json_schema": outputs["json"]}
-    if "regex" in outputs:
-        return {"type": "regex", "pattern": outputs["regex"]}
-    if "grammar" in outputs:
-        return {"type": "grammar", "grammar": outputs["grammar"]}
-    return None
+def is_thinking_wanted(effort: Any, param: str) -> bool:
+    """Thoughts are on or off here: "none" is off, all other efforts are on."""
+    if effort not in EFFORTS:
+        raise InvalidRequest(f"{param}: one of {', '.join(EFFORTS)} is needed.", param=param)
+    return bool(effort != "none")
+
+
+def retention_of(body: Mapping[str, Any], settings: GatewaySettings) -> float:
+    """``retention_s``: how long the ended job is to stay readable. Raises `InvalidRequest`."""
+    wanted = body.get("retention_s")
+    if wanted is None:
+        return settings.retention_s
+    if isinstance(wanted, bool) or not isinstance(wanted, int | float) or not 0 < wanted <= settings.max_retention_s:
+        raise InvalidRequest(
+            f"retention_s: a number of seconds up to {settings.max_retention_s:g} is needed.", param="retention_s"
+        )
+    return float(wanted)
 
 
 def _message(message: Any, index: int, settings: GatewaySettings) -> dict[str, Any]:
@@ -140,5 +152,7 @@ def _message(message: Any, index: int, settings: GatewaySettings) -> dict[str, A
                 )  # fmt: skip
         result["content"] = [{"type": "text", "text": part.get("text")} for part in content]
     if calls := result.get("tool_calls"):
+        if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+            raise InvalidRequest(f"messages.{index}.tool_calls: a list of objects is needed.", param="messages")
         result["tool_calls"] = [{k: c[k] for k in ("id", "type", "function") if k in c} for c in calls]
     return result

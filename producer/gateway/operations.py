@@ -30,6 +30,14 @@ async def ready(request: Request) -> Response:
     return JSONResponse({"status": "ready", "models": sorted(models), "workers": len(workers)})
 
 
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """For Prometheus: what this gateway's requests met, and the fleet's own figures."""
+    fleet = await request.app.state.client.overview()
+    text = request.app.state.metrics.render(fleet)
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
 @router.get("/openapi.json")
 async def openapi(request: Request) -> Response:
     """The routes as OpenAPI; behind the same key as they are."""

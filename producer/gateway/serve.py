@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+
 import uvicorn
 
+from tokenfleet.producer.gateway import metrics
 from tokenfleet.producer.gateway.app import create_app
+from tokenfleet.producer.gateway.head import LimitedHead
 from tokenfleet.producer.gateway.settings import GatewaySettings
 
 
@@ -15,15 +20,25 @@ def make() -> object:
 
 def main() -> None:
     settings = GatewaySettings()
+    if settings.processes == 1:
+        _run(settings)
+        return
+    # Before a child imports prometheus-client: all write what they count to files, any can tell the sum.
+    with tempfile.TemporaryDirectory(prefix="tokenfleet-metrics-") as folder:
+        os.environ.setdefault(metrics.FOLDER, folder)
+        _run(settings)
+
+
+def _run(settings: GatewaySettings) -> None:
     uvicorn.run(
         "tokenfleet.producer.gateway.serve:make",
         factory=True,
         host=settings.host,
         port=settings.port,
         workers=settings.processes,
+        http=LimitedHead,
         log_level="warning",
         server_header=False,
-        h11_max_incomplete_event_size=65536,
         timeout_graceful_shutdown=10,
     )
 

@@ -27,8 +27,11 @@ class GatewaySettings(BaseSettings):
     max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024)
     max_messages: int = Field(2048, ge=1)
     max_parts: int = Field(256, ge=1)
+    max_prompts: int = Field(128, ge=1)
+    """Of one ``POST /v1/completions``: each is a job."""
     retention_s: float = Field(600.0, gt=0)
-    """How long an ended job stays readable."""
+    """How long an ended job stays readable, unless its request says (``retention_s``)."""
+    max_retention_s: float = Field(30 * 86400.0, gt=0, le=90 * 86400)
     deadline_s: float = Field(3600.0, gt=0)
     queue_ttl_s: float = Field(600.0, gt=0)
     max_queued: int = Field(10_000, ge=1)
