@@ -11,6 +11,9 @@ comma := ,
 READY := $(VENV)/.tokenfleet-$(subst $(comma),-,$(EXTRAS))
 SUITES ?= tests/unit tests/contract tests/integration tests/faults
 PYTEST_ARGS ?=
+# Most tests wait for processes rather than compute: three at once on two cores.
+JOBS ?= 3
+PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 # Whatever hangs, the run ends and its finalisers run.
 SUITE_LIMIT_S ?= 3000
 
@@ -40,7 +43,7 @@ demo: $(READY) ## set up, start a local fleet with a real small model and watch 
 	@$(VENV)/bin/tokenfleet demo
 
 test: $(READY) lint ## set up, then everything CI runs: format, lint, types, import rules, all tests with coverage
-	$(PY) -m pytest $(wildcard $(SUITES)) --session-timeout=$(SUITE_LIMIT_S) --cov --cov-report=term $(PYTEST_ARGS)
+	$(PY) -m pytest $(wildcard $(SUITES)) $(PARALLEL) --session-timeout=$(SUITE_LIMIT_S) --cov --cov-report=term $(PYTEST_ARGS)
 
 check: lint pytest ## the same without measuring coverage
 
@@ -51,7 +54,7 @@ lint: $(READY)
 	$(VENV)/bin/lint-imports --no-logo
 
 pytest: $(READY)
-	$(PY) -m pytest $(wildcard $(SUITES)) --session-timeout=$(SUITE_LIMIT_S) $(PYTEST_ARGS)
+	$(PY) -m pytest $(wildcard $(SUITES)) $(PARALLEL) --session-timeout=$(SUITE_LIMIT_S) $(PYTEST_ARGS)
 
 format: $(READY) ## format, and fix what the linter can fix
 	$(PY) -m ruff format .

@@ -21,6 +21,17 @@ _FOLDERS = {
     "browser": ("browser", 120),
     "compose": ("compose", 1800),
 }
+# Files that take longest start first: tests run on several processes, a file on one of them.
+_LONGEST = (
+    "integration/test_readme.py",
+    "integration/test_cli.py",
+    "contract/test_transformers.py",
+    "faults/test_real_model.py",
+    "faults/test_crash_points.py",
+    "contract/test_engine_contract.py",
+    "integration/test_local_fleet.py",
+    "unit/test_ledger_stateful.py",
+)
 
 
 def pytest_configure() -> None:
@@ -42,3 +53,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(marker)
             if item.get_closest_marker("timeout") is None:
                 item.add_marker(pytest.mark.timeout(limit_s))
+    items.sort(key=_rank)
+
+
+def _rank(item: pytest.Item) -> int:
+    name = item.path.relative_to(_ROOT).as_posix() if item.path.is_relative_to(_ROOT) else ""
+    return _LONGEST.index(name) if name in _LONGEST else len(_LONGEST)
