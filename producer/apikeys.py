@@ -7,13 +7,14 @@ same time whatever was sent, so nothing is compared byte by byte.
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 import time
 from typing import Any
 
 import msgspec
 
-from tokenfleet.wire.errors import Unauthorized
+from tokenfleet.wire.errors import InvalidRequest, Unauthorized
 from tokenfleet.wire.keys import Keys
 
 _CACHE_S = 2.0
@@ -28,21 +29,30 @@ class ApiKey(msgspec.Struct, frozen=True, omit_defaults=True):
     note: str = ""
 
 
+def checked_tenant(name: str) -> str:
+    """A tenant's name is part of names in Redis. Raises `InvalidRequest`."""
+    if not re.fullmatch(r"[A-Za-z0-9_.@-]{1,64}", name):
+        raise InvalidRequest(f"tenant {name[:64]!r}: use 1 to 64 letters, digits, '_', '.', '@' or '-'.")
+    return name
+
+
 def _hash(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 class KeyStore:
-    """Over an asyncio Redis client that decodes nothing."""
+    """Over an asyncio Redis client that decodes nothing. ``always`` demands a key even while there is none."""
 
-    def __init__(self, client: Any, keys: Keys) -> None:
+    def __init__(self, client: Any, keys: Keys, *, always: bool = False) -> None:
         self._client = client
+        self._always = always
         self._name = f"{keys.prefix}apikeys"
         self._known: dict[str, tuple[float, ApiKey]] = {}
         self._has_any = (0.0, False)
 
     async def create(self, tenant: str, note: str = "") -> tuple[str, ApiKey]:
-        """A new key. The secret is shown this once."""
+        """A new key. The secret is shown this once. Raises `InvalidRequest`."""
+        checked_tenant(tenant)
         secret = f"tf-{secrets.token_urlsafe(32)}"
         entry = ApiKey(secrets.token_hex(4), tenant, int(time.time()), note)
         await self._client.hset(self._name, _hash(secret), msgspec.json.encode(entry))
@@ -77,13 +87,13 @@ class KeyStore:
                 value = await self._client.hget(self._name, digest)
                 self._known.pop(digest, None)
                 if value is None:
-                    if await self.has_any():
+                    if self._always or await self.has_any():
                         raise Unauthorized("This API key is not valid.", hint="`tokenfleet keys create` makes one.")
                     return ""
                 known = msgspec.json.decode(value, type=ApiKey)
                 self._known[digest] = (time.monotonic(), known)
             return known.tenant
-        if await self.has_any():
+        if self._always or await self.has_any():
             raise Unauthorized(
                 "An API key is needed.", hint="Send 'Authorization: Bearer KEY'.", code="missing_api_key"
             )

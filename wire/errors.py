@@ -8,7 +8,8 @@
     │   ├── UnknownJob              unknown_job (never existed, or its retention is over)
     │   ├── JobConflict             job_conflict (same id, other body)
     │   └── Unauthorized            missing_api_key, invalid_api_key
-    ├── Overloaded                  queue_full, memory_full, rate_limited: later; ``retry_after_s`` says when
+    ├── Overloaded                  queue_full, memory_full, rate_limited, too_many_jobs, queue_share_full:
+    │                               later; ``retry_after_s`` says when
     ├── EngineError                 the engine failed this request (engine_error, out_of_memory)
     │   └── EngineDead              engine_dead: no request can be served by this engine any more
     ├── JobFailed                   a terminal event read back: carries the code stored in the log

@@ -37,7 +37,11 @@ class JobOptions(BaseModel):
     durable: bool = False
     cancel_on_disconnect: bool = False
     tenant: str = Field("", max_length=64)
-    """Whose job it is; the gateway lets nobody else see it."""
+    """Whose job it is; the gateway lets nobody else see it, and the tenant's limits hold for it."""
+    webhook: str = Field("", max_length=2048)
+    """An address that a gateway tells when the job has ended, signed with the tenant's secret."""
+    webhook_kind: str = Field("", max_length=64)
+    """What ended, in the event's words: ``chat.completion``, ``response``, ..."""
 
     @model_validator(mode="after")
     def _tags_are_small(self) -> Self:

@@ -20,6 +20,12 @@ All begin with ``tokenfleet:<fleet>:`` but for the Celery queue lists and ``cele
 | queues               | set     | all queues                                                   | register          | never         |
 | dead                 | zset    | dead letters by time                                         | reap              | retention     |
 | outbox               | set     | ended jobs whose Celery links are still to be sent           | append, cancel, … | when empty    |
+| tenant:<tenant>      | zset    | the tenant's jobs that have not ended, by their deadline     | submit, finish    | when empty    |
+| limits               | hash    | tenant → its limits as JSON                                  | command line      | never         |
+| rate:<tenant>        | hash    | the tenant's buckets of requests and tokens                  | rate, finish      | once full     |
+| webhook_secrets      | hash    | tenant → what its webhooks are signed with                   | command line      | never         |
+| hook:<id>            | hash    | a webhook to be delivered: where, for whom, attempts so far  | finish, gateways  | 3 days        |
+| hooks                | zset    | ids of such, by when they are next to be tried               | finish, gateways  | when empty    |
 | meta                 | hash    | incarnation, last reap, memory sample                        | reap, register    | never         |
 """
 
@@ -106,6 +112,21 @@ class Keys:
     @property
     def dead(self) -> str:
         return f"{self.prefix}dead"
+
+    @property
+    def limits(self) -> str:
+        return f"{self.prefix}limits"
+
+    @property
+    def webhook_secrets(self) -> str:
+        return f"{self.prefix}webhook_secrets"
+
+    @property
+    def hooks(self) -> str:
+        return f"{self.prefix}hooks"
+
+    def hook(self, ended_id: str) -> str:
+        return f"{self.prefix}hook:{ended_id}"
 
     @property
     def unacked(self) -> str:

@@ -158,6 +158,11 @@ class Ledger:
             pairs += ["options", stored]
         if links:
             pairs += ["links", links]
+        if options.tenant:
+            pairs += ["tenant", options.tenant]
+        if options.webhook:
+            hook = {"url": options.webhook, "tenant": options.tenant, "kind": options.webhook_kind}
+            pairs += ["hook", msgspec.json.encode(hook)]
         async with translated():
             reply = await self._run(
                 "submit",
@@ -189,6 +194,20 @@ class Ledger:
                     code="memory_full",
                     hint="Try again later, or give Redis more memory.",
                     retry_after_s=5.0,
+                )
+            case b"tenant_jobs":
+                raise Overloaded(
+                    f"{int(reply[1])} of your jobs run or wait already; you may have no more.",
+                    code="too_many_jobs",
+                    hint="Try again when one has ended.",
+                    retry_after_s=2.0,
+                )
+            case b"tenant_queue":
+                raise Overloaded(
+                    f"{int(reply[1])} of your jobs wait for {model!r} already: that is your share of the queue.",
+                    code="queue_share_full",
+                    hint="Try again later.",
+                    retry_after_s=2.0,
                 )
             case _:
                 waiting, rate = int(reply[1]), float(reply[2])

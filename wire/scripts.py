@@ -14,7 +14,7 @@ import redis
 import redis.asyncio
 
 Name = Literal[
-    "submit", "claim", "append", "cancel", "release", "beat", "serve", "bury", "reap", "poll", "lost", "links"
+    "submit", "claim", "append", "cancel", "release", "beat", "serve", "bury", "reap", "poll", "lost", "links", "rate",
 ]  # fmt: skip
 Arg = str | bytes | int | float
 

@@ -26,7 +26,7 @@ from tokenfleet.producer.gateway.chat_requests import from_chat_body, from_compl
 from tokenfleet.producer.gateway.chunks import ChatChunks, StreamOptions, TextChunks
 from tokenfleet.producer.gateway.metrics import Observed
 from tokenfleet.producer.gateway.streaming import Source, event_stream, last_event_id
-from tokenfleet.wire.chat import ChatRequest
+from tokenfleet.wire.chat import ChatRequest, ScoreRequest
 from tokenfleet.wire.errors import InvalidRequest, JobCancelled
 from tokenfleet.wire.events import AnyEvent, Finished, Usage
 from tokenfleet.wire.jobs import JobOptions
@@ -58,8 +58,12 @@ async def completions(request: Request) -> Response:
     body = await read_body(request)
     settings, tenant = request.app.state.settings, request.state.tenant
     stream = StreamOptions.of(body)
-    asked = from_completion_body(body, settings, tenant, cancel_on_disconnect=True)
-    submitted = [await submit(request, chat, options, body, None) for chat, options in asked]
+    key = request.headers.get("idempotency-key")
+    asked = from_completion_body(body, settings, tenant, cancel_on_disconnect=key is None)
+    keys = [key if k == 0 or key is None else f"{key}\0{k}" for k in range(len(asked))]
+    submitted = [
+        await submit(request, chat, options, body, key) for (chat, options), key in zip(asked, keys, strict=True)
+    ]
     jobs, model = [job for job, _ in submitted], submitted[0][1]
     n = asked[0][0].params.n
     observed = [request.app.state.metrics.job(model.partition(":")[0]) for _ in jobs]
@@ -89,7 +93,7 @@ async def completions(request: Request) -> Response:
 
 
 async def submit(
-    request: Request, chat: ChatRequest, options: JobOptions, body: dict[str, Any], key: str | None
+    request: Request, chat: ChatRequest | ScoreRequest, options: JobOptions, body: dict[str, Any], key: str | None
 ) -> tuple[AsyncJob, str]:
     """Queue it. The same ``Idempotency-Key`` of a tenant is the same job; with another body it is a `JobConflict`."""
     client: AsyncClient = request.app.state.client
@@ -97,10 +101,19 @@ async def submit(
     if not isinstance(model, str) or not model:
         raise InvalidRequest("model: the name of a served model is needed.", param="model")
     name, _, adapter = model.partition(":")
-    if adapter and model not in await client.models():
+    if adapter and isinstance(chat, ChatRequest) and model not in await client.models():
         model, chat = name, chat.model_copy(update={"adapter": adapter})
+    options = await asked_for(request, options, key)
     job_id = new_id() if key is None else id_of_key(options.tenant, key)
     return await client.submit_request(chat, options, model=model, job_id=job_id), model
+
+
+async def asked_for(request: Request, options: JobOptions, key: str | None) -> JobOptions:
+    """``options`` with what the request asks for beside its body's fields. A job stays as long as its key."""
+    if key is not None:
+        kept_s: float = max(options.kept_s, request.app.state.settings.idempotency_s)
+        options = options.model_copy(update={"retention_s": kept_s})
+    return options
 
 
 def id_of_key(tenant: str, key: str) -> str:

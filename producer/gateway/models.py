@@ -9,9 +9,10 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from tokenfleet.producer.gateway.bodies import read_body
-from tokenfleet.producer.gateway.chat import whole
+from tokenfleet.producer.gateway.chat import submit, whole
 from tokenfleet.wire.errors import InvalidRequest, UnknownModel
 from tokenfleet.wire.jobs import ServedModel
+from tokenfleet.wire.requests import score_request
 
 router = APIRouter()
 
@@ -53,8 +54,12 @@ async def score(request: Request) -> Response:
     texts = body.get("messages")
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise InvalidRequest("messages: a list of strings is needed.", param="messages")
-    named = {"max_length": body.get("max_length"), "tenant": request.state.tenant}
-    job = await request.app.state.client.submit_scores(texts, model=body.get("model"), **named)
+    settings, tenant = request.app.state.settings, request.state.tenant
+    key = request.headers.get("idempotency-key")
+    named = {"max_length": body.get("max_length"), "tenant": tenant, "retention_s": settings.retention_s,
+             "deadline_s": settings.deadline_s, "queue_ttl_s": settings.queue_ttl_s}  # fmt: skip
+    asked, options = score_request(texts, named)
+    job, _ = await submit(request, asked, options, body, key)
     results, _ = await whole(request, [job])
     answer = {
         "id": f"scoreval-{uuid.UUID(job.id).hex}",

@@ -31,6 +31,8 @@ class GatewaySettings(BaseSettings):
     """Of one ``POST /v1/completions``: each is a job."""
     retention_s: float = Field(600.0, gt=0)
     """How long an ended job stays readable, unless its request says (``retention_s``)."""
+    idempotency_s: float = Field(86400.0, gt=0)
+    """How long an ended job with an ``Idempotency-Key`` stays readable, and the key means that job."""
     max_retention_s: float = Field(30 * 86400.0, gt=0, le=90 * 86400)
     deadline_s: float = Field(3600.0, gt=0)
     queue_ttl_s: float = Field(600.0, gt=0)

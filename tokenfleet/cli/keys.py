@@ -1,4 +1,4 @@
-"""``tokenfleet keys``: make, list and revoke the gateway's API keys."""
+"""``tokenfleet keys``: the gateway's API keys, what tenants may use, and their webhook secrets."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import asyncio
 import datetime as dt
 
 import click
+import msgspec
 
 from tokenfleet.cli.connection import connected, connection_options
 from tokenfleet.cli.output import note, write
 from tokenfleet.producer.apikeys import KeyStore
+from tokenfleet.producer.tenants import Limits, Tenants
 from tokenfleet.wire.errors import InvalidRequest
 
 
@@ -60,3 +62,43 @@ def revoke(redis_url: str | None, fleet: str, key_id: str) -> None:
                 raise InvalidRequest(f"There is no key {key_id!r}.", hint="`tokenfleet keys list` has their ids.")
 
     asyncio.run(run())
+
+
+@command.command()
+@connection_options
+@click.option("--requests-per-minute", type=click.FloatRange(0, min_open=True))
+@click.option("--tokens-per-minute", type=click.FloatRange(0, min_open=True), help="Prompt and completion.")
+@click.option("--concurrent-jobs", type=click.IntRange(1), help="Jobs that wait or run.")
+@click.option("--queue-share", type=click.FloatRange(0, 1, min_open=True), help="0.1: a tenth of a model's queue.")
+@click.option("--clear", is_flag=True, help="Drop the limits that are not named here.")
+@click.argument("tenant")
+def limits(redis_url: str | None, fleet: str, tenant: str, clear: bool, **named: float | None) -> None:
+    """Set what TENANT may use, and print its limits. What is not named stays as it is."""
+
+    async def run() -> Limits:
+        async with connected(redis_url, fleet) as client:
+            tenants = Tenants(client.ledger.client, client.keys)
+            old = Limits() if clear else await tenants.limits(tenant)
+            given = {name: value for name, value in named.items() if value is not None}
+            new = msgspec.convert(msgspec.to_builtins(old) | given, Limits)
+            if given or clear:
+                await tenants.set_limits(tenant, new)
+            return new
+
+    values = msgspec.to_builtins(asyncio.run(run()))
+    write("".join(f"{name}\t{value:g}\n" for name, value in values.items()) or "no limits\n")
+
+
+@command.command("webhook-secret")
+@connection_options
+@click.argument("tenant", default="")
+def webhook_secret(redis_url: str | None, fleet: str, tenant: str) -> None:
+    """Make a new secret that TENANT's webhooks are signed with, and print it.
+
+    Without TENANT it is that of a gateway without keys."""
+
+    async def run() -> str:
+        async with connected(redis_url, fleet) as client:
+            return await Tenants(client.ledger.client, client.keys).new_webhook_secret(tenant)
+
+    write(f"{asyncio.run(run())}\n")

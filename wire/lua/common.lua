@@ -55,11 +55,43 @@ local function publish(id, seq, events)
   redis.call('PUBLISH', P .. 'live:' .. id, '{"seq":' .. seq .. ',"events":[' .. events .. ']}')
 end
 
+-- A tenant's bucket of requests or tokens: at most `per_minute` in it, refilled evenly. Takes `n`; what is taken after
+-- the fact may leave it below zero. Returns its level. Asked again after a lost reply it takes twice: too strict once.
+local function bucket(tenant, name, per_minute, n)
+  local key = P .. 'rate:' .. tenant
+  local f = redis.call('HMGET', key, name, name .. '_ms')
+  local level = per_minute
+  if f[1] then
+    level = math.min(per_minute, tonumber(f[1]) + math.max(0, NOW - num(f[2])) * per_minute / 60000)
+  end
+  if n ~= 0 then
+    level = level - n
+    redis.call('HSET', key, name, tostring(level), name .. '_ms', NOW)
+    local full_ms = math.ceil((per_minute - level) * 60000 / per_minute) + 1000
+    if redis.call('PEXPIRE', key, full_ms, 'NX') == 0 then redis.call('PEXPIRE', key, full_ms, 'GT') end
+  end
+  return level
+end
+
+local function limits_of(tenant)
+  local stored = redis.call('HGET', P .. 'limits', tenant)
+  return stored and cjson.decode(stored) or {}
+end
+
+-- Tell a caller's webhook about an end: any gateway delivers what stands here. `hook` is JSON: where, for whom, of what.
+local function notify(id, hook, state)
+  local key = P .. 'hook:' .. id
+  redis.call('HSET', key, 'hook', hook, 'state', state, 'ended_ms', NOW, 'attempts', 0)
+  redis.call('PEXPIRE', key, 259200000)
+  redis.call('ZADD', P .. 'hooks', NOW, id)
+end
+
 -- The end of a job: exactly one terminal event, last in its log. Callers have checked that it has not ended.
 -- `celery` is what AsyncResult reads.
 local function finish(id, state, seq, event, celery)
   local job = job_key(id)
-  local f = redis.call('HMGET', job, 'queue', 'priority', 'worker', 'retention_ms', 'sends', 'links', 'dead_ms', 'state')
+  local f = redis.call('HMGET', job, 'queue', 'priority', 'worker', 'retention_ms', 'sends', 'links', 'dead_ms', 'state',
+    'tenant', 'hook', 'prompt_tokens', 'tokens')
   local queue, keep = f[1], num(f[4])
   redis.pcall('XADD', log_key(id), 'NOMKSTREAM', seq .. '-0', 'e', event) -- no log, or not ours: it ends all the same
   redis.call('HSET', job, 'state', state, 'seq', seq, 'ended_ms', NOW, 'terminal', event, 'owner', '')
@@ -71,6 +103,13 @@ local function finish(id, state, seq, event, celery)
     redis.call('ZADD', P .. 'dead', NOW + keep, id)
   end
   if f[6] and f[6] ~= '' then redis.call('SADD', P .. 'outbox', id) end
+  if f[9] then
+    redis.call('ZREM', P .. 'tenant:' .. f[9], id)
+    local per_minute = f[2] ~= '6' and limits_of(f[9]).tokens_per_minute
+    local used = num(f[11]) + num(f[12])
+    if per_minute and used > 0 then bucket(f[9], 'tokens', per_minute, used) end
+  end
+  if f[10] then notify(id, f[10], state) end
   redis.call('PEXPIRE', job, keep)
   redis.call('PEXPIRE', log_key(id), keep)
   redis.call('SET', 'celery-task-meta-' .. id, celery, 'PX', keep)

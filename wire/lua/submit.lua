@@ -1,6 +1,7 @@
 -- ARGV: prefix, id, digest, model, queue, priority, delay_ms, queue_ttl_ms, deadline_ms, max_queued, field, value, …
 -- Returns {'accepted', n waiting before it} | {'exists'} | {'conflict'} | {'unknown_model'} |
---         {'memory_full', percent} | {'queue_full', n, claims per second in the last 10 s}
+--         {'memory_full', percent} | {'queue_full', n, claims per second in the last 10 s} |
+--         {'tenant_jobs', limit} | {'tenant_queue', limit}
 local id, digest, model, queue, priority = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local delay, queue_ttl, deadline, max_queued = num(ARGV[7]), num(ARGV[8]), num(ARGV[9]), num(ARGV[10])
 local job = job_key(id)
@@ -14,6 +15,23 @@ if waiting >= max_queued then
   local claimed, second = 0, math.floor(NOW / 1000)
   for k = 1, 10 do claimed = claimed + num(redis.call('HGET', P .. 'order:' .. queue, 'count' .. (second - k))) end
   return { 'queue_full', waiting, tostring(claimed / 10) }
+end
+local tenant
+for k = 11, #ARGV, 2 do
+  if ARGV[k] == 'tenant' then tenant = ARGV[k + 1] end
+end
+if tenant then
+  local mine, limits = P .. 'tenant:' .. tenant, limits_of(tenant)
+  redis.call('ZREMRANGEBYSCORE', mine, '-inf', NOW - 60000) -- jobs that Redis lost: no script ended them
+  local n = redis.call('ZCARD', mine)
+  if limits.concurrent_jobs and n >= limits.concurrent_jobs then return { 'tenant_jobs', limits.concurrent_jobs } end
+  if limits.queue_share then
+    local share = math.max(1, math.floor(limits.queue_share * max_queued))
+    if n >= share and redis.call('ZINTERCARD', 2, mine, P .. 'queue:' .. queue, 'LIMIT', share) >= share then
+      return { 'tenant_queue', share }
+    end
+  end
+  redis.call('ZADD', mine, NOW + deadline, id)
 end
 local fields = { 'state', 'queued', 'digest', digest, 'model', model, 'queue', queue, 'priority', priority,
   'epoch', 0, 'owner', '', 'worker', '', 'seq', 1, 'tokens', 0, 'strikes', 0, 'submitted_ms', NOW,
