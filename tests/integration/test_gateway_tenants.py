@@ -71,8 +71,19 @@ def call(gateway: Gateway, path: str, key: str | None = None, method: str = "GET
             return Answer(error.code, {k.lower(): v for k, v in error.headers.items()}, error.read())
 
 
+_clients: list[openai.OpenAI] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _close_clients() -> Iterator[None]:
+    yield
+    for client in _clients:
+        client.close()
+
+
 def client_of(gateway: Gateway, key: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=key, max_retries=0)
+    _clients.append(openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=key, max_retries=0))
+    return _clients[-1]
 
 
 def test_no_route_answers_without_a_valid_key(gateways: list[Gateway]) -> None:
