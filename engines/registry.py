@@ -85,7 +85,15 @@ async def _scripted(args: Mapping[str, Any], settings: ModelSettings) -> Loaded:
             ids = tokenizer.render_chat(request.messages, system=request.system)
         else:
             ids = tokenizer.encode(request.prompt) if isinstance(request.prompt, str) else list(request.prompt)
-        return RenderedPrompt(ids=tuple(ids), text=None)
+        # What it is told to say may hold calls and thoughts as Qwen's models write them.
+        parser: dict[str, Any] = {}
+        if request.tools and request.tool_choice != "none":
+            parser["tools"] = "qwen"
+            if not request.parallel_tool_calls:
+                parser["parallel"] = False
+        if request.enable_thinking:
+            parser["think"] = ["<think>", "</think>"]
+        return RenderedPrompt(ids=tuple(ids), text=None, parser=parser)
 
     return Loaded(engine, tokenizer, render)
 

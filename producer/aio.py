@@ -183,10 +183,18 @@ class AsyncClient:
         return await self._submit(request, options, model, job_id)
 
     async def submit_request(
-        self, request: ChatRequest | ScoreRequest, options: JobOptions, *, model: str | None, job_id: str | None = None
+        self,
+        request: ChatRequest | ScoreRequest,
+        options: JobOptions,
+        *,
+        model: str | None,
+        job_id: str | None = None,
+        shown: bytes = b"",
     ) -> AsyncJob:
-        """`submit`, for a request that is built already (a gateway's, a batch's)."""
-        return await self._submit(request, options, model, job_id)
+        """`submit`, for a request that is built already (a gateway's, a batch's).
+
+        ``shown`` is kept as long as the job, for whoever shows it again (`Ledger.stored`)."""
+        return await self._submit(request, options, model, job_id, shown)
 
     async def submit_scores(self, texts: Sequence[str], *, job_id: str | None = None, **named: Any) -> AsyncJob:
         """Queue texts to be scored by a reward model; ``result().scores`` has one number each."""
@@ -217,6 +225,11 @@ class AsyncClient:
     def job(self, job_id: str, *, cancel_on_disconnect: bool = False) -> AsyncJob:
         """A job that was submitted elsewhere."""
         return AsyncJob(self, job_id, cancel_on_disconnect=cancel_on_disconnect)
+
+    async def events(self, job_id: str, after: int = 0, count: int = 1000) -> list[tuple[int, AnyEvent]]:
+        """What a job's log has now after a cursor, without following it. Raises `LostState`, `FleetUnavailable`."""
+        async with translated():
+            return await self.ledger.read(job_id, after, count)
 
     async def models(self) -> dict[str, ServedModel]:
         return await self.ledger.models()
@@ -256,7 +269,12 @@ class AsyncClient:
         return task
 
     async def _submit(
-        self, request: ChatRequest | ScoreRequest, options: JobOptions, model: str | None, job_id: str | None
+        self,
+        request: ChatRequest | ScoreRequest,
+        options: JobOptions,
+        model: str | None,
+        job_id: str | None,
+        shown: bytes = b"",
     ) -> AsyncJob:
         if not self._is_checked:
             await self.check()
@@ -265,7 +283,7 @@ class AsyncClient:
         job_id = job_id or new_id()
         model = model or self._model or await self._only_model()
         try:
-            await self.ledger.submit(job_id, model, body, options, max_queued=self._max_queued)
+            await self.ledger.submit(job_id, model, body, options, max_queued=self._max_queued, shown=shown)
         except UnknownModel as error:
             known = ", ".join(sorted(await self.models())) or "none yet"
             raise UnknownModel(error.message, hint=f"Served models: {known}.", model=model) from None

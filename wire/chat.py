@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_serializer, model_validator
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -20,6 +20,11 @@ class _Wire(BaseModel):
 class TextPart(_Wire):
     type: Literal["text"] = "text"
     text: str
+
+    @model_serializer
+    def _whole(self) -> dict[str, str]:
+        """With its type, default or not: it tells a part's kind when the request is read again."""
+        return {"type": self.type, "text": self.text}
 
 
 class MediaPart(_Wire):

@@ -104,6 +104,17 @@ class Reaped:
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """A job as it was submitted. ``shown``: what its submitter laid beside it, to be shown again."""
+
+    model: str
+    state: State
+    request: bytes
+    shown: bytes
+    options: JobOptions
+
+
+@dataclass(frozen=True, slots=True)
 class Polled:
     state: State
     seq: int
@@ -147,6 +158,7 @@ class Ledger:
         *,
         max_queued: int = 100_000,
         links: bytes = b"",
+        shown: bytes = b"",
     ) -> int:
         """Write the job, its first event and its Celery message, all or nothing. Returns how many wait before it.
 
@@ -163,6 +175,8 @@ class Ledger:
         if options.webhook:
             hook = {"url": options.webhook, "tenant": options.tenant, "kind": options.webhook_kind}
             pairs += ["hook", msgspec.json.encode(hook)]
+        if shown:
+            pairs += ["shown", shown]
         async with translated():
             reply = await self._run(
                 "submit",
@@ -281,6 +295,24 @@ class Ledger:
         """The housekeeping that whoever watches a fleet does: dead workers, deadlines, lost messages."""
         r = await self._run("reap")
         return Reaped(int(r[0]), int(r[1]), int(r[2]), int(r[3]), int(r[4]), tuple(i.decode() for i in r[5:]))
+
+    async def stored(self, job_id: str) -> Stored | None:
+        """What was submitted; None for a job that is gone (or never was). Raises `FleetUnavailable`."""
+        if not is_id(job_id):
+            return None
+        async with translated():
+            model, state, request, shown, options = await self._db.hmget(
+                self.keys.job(job_id), "model", "state", "request", "shown", "options"
+            )
+        if state is None:
+            return None
+        told = JobOptions.model_validate_json(options or b"{}")
+        return Stored(model.decode(), cast("State", state.decode()), request, shown or b"", told)
+
+    async def forget(self, job_id: str) -> bool:
+        """Delete an ended job, log and all. False: it has not ended. Raises `FleetUnavailable`."""
+        async with translated():
+            return bool((await self._run("forget", checked(job_id)))[0] != b"running")
 
     async def poll(self, job_ids: Sequence[str]) -> list[Polled | None]:
         """State and last event of many jobs in one call; None for a job that is gone."""

@@ -15,6 +15,7 @@ import redis.asyncio
 
 Name = Literal[
     "submit", "claim", "append", "cancel", "release", "beat", "serve", "bury", "reap", "poll", "lost", "links", "rate",
+    "forget",
 ]  # fmt: skip
 Arg = str | bytes | int | float
 

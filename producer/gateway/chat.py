@@ -93,7 +93,13 @@ async def completions(request: Request) -> Response:
 
 
 async def submit(
-    request: Request, chat: ChatRequest | ScoreRequest, options: JobOptions, body: dict[str, Any], key: str | None
+    request: Request,
+    chat: ChatRequest | ScoreRequest,
+    options: JobOptions,
+    body: dict[str, Any],
+    key: str | None,
+    *,
+    shown: bytes = b"",
 ) -> tuple[AsyncJob, str]:
     """Queue it. The same ``Idempotency-Key`` of a tenant is the same job; with another body it is a `JobConflict`."""
     client: AsyncClient = request.app.state.client
@@ -105,7 +111,7 @@ async def submit(
         model, chat = name, chat.model_copy(update={"adapter": adapter})
     options = await asked_for(request, options, key)
     job_id = new_id() if key is None else id_of_key(options.tenant, key)
-    return await client.submit_request(chat, options, model=model, job_id=job_id), model
+    return await client.submit_request(chat, options, model=model, job_id=job_id, shown=shown), model
 
 
 async def asked_for(request: Request, options: JobOptions, key: str | None) -> JobOptions:

@@ -55,7 +55,7 @@ def from_chat_body(
         named |= {"logprobs": body["logprobs"], "top_logprobs": body.get("top_logprobs") or 0}
     elif body.get("top_logprobs"):
         raise InvalidRequest("top_logprobs needs logprobs: true.", param="top_logprobs")
-    return chat_request([_message(m, k, settings) for k, m in enumerate(messages)], named)
+    return chat_request([message_of(m, k, settings) for k, m in enumerate(messages)], named)
 
 
 def from_completion_body(
@@ -131,7 +131,7 @@ def retention_of(body: Mapping[str, Any], settings: GatewaySettings) -> float:
     return float(wanted)
 
 
-def _message(message: Any, index: int, settings: GatewaySettings) -> dict[str, Any]:
+def message_of(message: Any, index: int, settings: GatewaySettings) -> dict[str, Any]:
     """One of OpenAI's messages; text parts are taken, media parts are for a fleet that has media."""
     if not isinstance(message, Mapping):
         raise InvalidRequest(f"messages.{index}: an object is needed.", param=f"messages.{index}")

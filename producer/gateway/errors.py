@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from tokenfleet.wire.errors import CallerError, InvalidRequest, Overloaded, TokenfleetError
@@ -67,6 +68,7 @@ def install(app: FastAPI) -> None:
     """Every error that leaves the application has the one shape."""
     app.add_exception_handler(TokenfleetError, on_error)
     app.add_exception_handler(HTTPException, _on_routing)
+    app.add_exception_handler(RequestValidationError, _on_parameter)
     app.add_exception_handler(Exception, _on_bug)
 
 
@@ -82,6 +84,14 @@ async def _on_routing(_: Request, error: Exception) -> Response:
     code, message = _ROUTING.get(status, ("http_error", str(error.detail)))
     body = {"message": message, "type": _TYPES.get(status, "server_error"), "param": None, "code": code}
     return _response(body, status, dict(error.headers or {}))
+
+
+async def _on_parameter(request: Request, error: Exception) -> Response:
+    """A query's or path's parameter of the wrong type."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    name = str(first["loc"][-1])
+    return await on_error(request, InvalidRequest(f"{name}: {first['msg']}.", param=name))
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:

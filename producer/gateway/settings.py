@@ -36,6 +36,10 @@ class GatewaySettings(BaseSettings):
     max_retention_s: float = Field(30 * 86400.0, gt=0, le=90 * 86400)
     deadline_s: float = Field(3600.0, gt=0)
     queue_ttl_s: float = Field(600.0, gt=0)
+    head_held_s: float = Field(5.0, ge=0)
+    """How long a stream's head waits for a worker, so that what the worker refuses is a 4xx."""
+    keepalive_s: float = Field(15.0, gt=0)
+    """A stream that waits for its first token sends a comment so often, for proxies between."""
     max_queued: int = Field(10_000, ge=1)
 
     @property

@@ -28,8 +28,6 @@ from tokenfleet.wire.errors import InvalidRequest, JobCancelled, TokenfleetError
 from tokenfleet.wire.events import AnyEvent, Delta, Started
 
 DONE = b"data: [DONE]\n\n"
-HEAD_HELD_S = 5.0
-KEEPALIVE_S = 15.0
 _SLICE_S = 0.5
 
 Batch = list[tuple[int, AnyEvent]]
@@ -53,18 +51,20 @@ def last_event_id(request: Request) -> int:
 
 
 async def event_stream(
-    request: Request, sources: list[Source], *, tail: bytes = DONE, held_s: float = HEAD_HELD_S,
+    request: Request, sources: list[Source], *, tail: bytes = DONE, is_held: bool = True,
     on_error: Callable[[TokenfleetError], bytes] | None = None,
 ) -> Response:  # fmt: skip
-    """The answer that streams ``sources`` (side by side, if several). Raises a job's error as long as it can."""
-    reader = _Reader(sources, on_error or _error_frame)
-    until = time.monotonic() + held_s
+    """The answer that streams ``sources`` (side by side, if several). Raises a job's error as long as its head
+    ``is_held``."""
+    settings = request.app.state.settings
+    reader = _Reader(sources, on_error or _error_frame, settings.keepalive_s)
+    until = time.monotonic() + settings.head_held_s
     try:
-        while not reader.has_begun and (left := until - time.monotonic()) > 0:
+        while is_held and not reader.has_begun and (left := until - time.monotonic()) > 0:
             await reader.read(min(left, _SLICE_S))
             if await request.is_disconnected():
                 raise JobCancelled("The client left.")
-        if reader.error is not None and not reader.has_output:
+        if reader.error is not None and not reader.has_tokens:
             raise reader.error
     except BaseException:
         await reader.aclose()
@@ -80,21 +80,21 @@ class _Reader:
     """The bytes of all sources. Until the first token each read is a task, so that waiting has an end; then it isn't:
     a task a batch would be most of a busy gateway's work."""
 
-    def __init__(self, sources: list[Source], on_error: Callable[[TokenfleetError], bytes]) -> None:
+    def __init__(self, sources: list[Source], on_error: Callable[[TokenfleetError], bytes], keepalive_s: float) -> None:
         self._sources = sources
         self._streams: list[AsyncStream] = [source.job.stream() for source in sources]
         self._reading: dict[asyncio.Task[Batch], int] = {}
         self._on_error = on_error
+        self._keepalive_s = keepalive_s
         self._out = bytearray()
         self._open = len(sources)
         self.has_begun = False
         """A worker has begun (or the job has ended)."""
         self.has_tokens = False
-        self.has_output = False
         self.error: TokenfleetError | None = None
 
-    async def read(self, timeout_s: float) -> None:
-        """Take in what is there, waiting no longer than that."""
+    async def read(self, timeout_s: float) -> bool:
+        """Take in what is there, waiting no longer than that. False: nothing came."""
         if not self._reading:
             for at in range(len(self._streams)):
                 self._start(at)
@@ -103,6 +103,7 @@ class _Reader:
             at = self._reading.pop(task)
             if await self._took(at, task):
                 self._start(at)
+        return bool(done)
 
     async def _took(self, at: int, batch: Awaitable[Batch]) -> bool:
         """Take in a batch; whether there is more to come from that source."""
@@ -124,8 +125,6 @@ class _Reader:
                 self.has_begun = self.has_tokens = True
             elif isinstance(event, Started):
                 self.has_begun = True
-        if self._out:
-            self.has_output = True
         if not is_terminal(batch[-1][1]):
             return True
         self.has_begun = True
@@ -147,9 +146,9 @@ class _Reader:
                 task = self._reading.popitem()[0] if self._reading else None
                 await self._took(0, task or self._streams[0].next_batch())
                 continue
-            await self.read(KEEPALIVE_S)
-            if not self._out and self._open:
-                self._out += b": waiting\n\n"
+            if not await self.read(self._keepalive_s):
+                # No blank line after it: OpenAI's client would take that for the end of an event without data.
+                self._out += b": waiting\n"
 
     async def aclose(self) -> None:
         for task in self._reading:

@@ -93,6 +93,8 @@ FIELDS = {
            "retention_s priority "
            "enable_thinking adapter presence_penalty functions extra"),
     TEXT: (GOOD_TEXT, "prompt model stream n echo suffix best_of logprobs stop max_tokens logit_bias guided_regex"),
+    RESPONSES: (GOOD_RESPONSE, "input model instructions tools tool_choice text reasoning include stream background "
+                "store previous_response_id max_output_tokens metadata truncation temperature conversation"),
 }  # fmt: skip
 
 
