@@ -15,11 +15,11 @@ import torch
 import transformers
 
 from tokenfleet.engines.base import EngineInfo, Sequence, TokenChunk
+from tokenfleet.engines.grammar import GrammarCompiler
 from tokenfleet.engines.mailbox import Mailbox
 from tokenfleet.engines.stopping import ending_ids
 from tokenfleet.engines.support import check_supported
 from tokenfleet.engines.transformers_engine.batch import PromptPass, Row
-from tokenfleet.engines.transformers_engine.grammar import GrammarCompiler
 from tokenfleet.engines.transformers_engine.kv import BatchCache
 from tokenfleet.engines.transformers_engine.loading import LoadedModel, load
 from tokenfleet.engines.transformers_engine.loop import Deliveries, EngineLoop

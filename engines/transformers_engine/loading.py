@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from tokenfleet.engines import models
+from tokenfleet.engines.rewards import RewardHead, classifier_head, find_value_head
 from tokenfleet.engines.transformers_engine.adapters import AdapterChoice, merge
 from tokenfleet.engines.transformers_engine.attention import use_grouped_sdpa
 from tokenfleet.engines.transformers_engine.batch import Forward
@@ -19,7 +20,6 @@ from tokenfleet.engines.transformers_engine.fingerprint import fingerprint
 from tokenfleet.engines.transformers_engine.kv import BatchCache
 from tokenfleet.engines.transformers_engine.options import TransformersOptions
 from tokenfleet.engines.transformers_engine.packing import pack
-from tokenfleet.engines.transformers_engine.rewards import RewardHead, classifier_head, find_value_head
 from tokenfleet.wire.errors import ConfigurationError
 
 _ATTENTION = {"disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "fa3": "flash_attention_3"}
