@@ -26,17 +26,21 @@ class Mailbox:
 
     def put(self, ids: Iterable[int], logprobs: Iterable[RawLogprob] = (), reason: FinishReason | None = None) -> None:
         """Add tokens, and a logprob for each if they are wanted. With a ``reason`` they are the last ones."""
+        self.add(ids, logprobs, reason)
+        self.wake()
+
+    def add(self, ids: Iterable[int], logprobs: Iterable[RawLogprob] = (), reason: FinishReason | None = None) -> None:
+        """As `put`, but a reader who waits is not told before `wake`."""
         self._ids += ids
         self._logprobs += logprobs
         self._reason = reason
-        self._wake()
 
     def fail(self, error: EngineError) -> None:
         """The reader gets what waits, then the error."""
         self._error = error
-        self._wake()
+        self.wake()
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 

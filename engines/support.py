@@ -73,10 +73,10 @@ CONTINUATION: Mapping[str, Mapping[str, Continuation]] = {
     # The draw follows from (seed, index); penalties and bars are functions of the ids so far (sampling.py), and a
     # grammar reads the delivered ids first (grammar.py).
     "transformers": {},
-    # vLLM seeds a generator per request (vllm/v1/worker/gpu_model_runner.py), and a grammar starts anew
-    # (vllm/v1/structured_output). Penalties would count the request's own new ids only
-    # (vllm/v1/sample/ops/penalties.py); a continuation's are our own (engines/vllm_engine/processors.py).
-    "vllm": {"seed": "valid", "response_format": "no"},
+    # vLLM seeds a generator per request (vllm/v1/worker/gpu_model_runner.py). Its penalties would count the request's
+    # own new ids only (vllm/v1/sample/ops/penalties.py) and its grammars start anew (vllm/v1/structured_output): a
+    # continuation's are our own (engines/vllm_engine/processors.py).
+    "vllm": {"seed": "valid"},
     # SGLang's seeded draw is a hash of (seed, position in the text), so it goes on as it was
     # (python/sglang/srt/layers/sampler.py, multinomial_with_seed); its penalties count new ids only.
     "sglang": {

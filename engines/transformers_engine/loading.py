@@ -13,6 +13,7 @@ import transformers
 
 from tokenfleet.engines import models
 from tokenfleet.engines.rewards import RewardHead, classifier_head, find_value_head
+from tokenfleet.engines.rope import scaled
 from tokenfleet.engines.transformers_engine.adapters import AdapterChoice, merge
 from tokenfleet.engines.transformers_engine.attention import use_grouped_sdpa
 from tokenfleet.engines.transformers_engine.batch import Forward
@@ -183,21 +184,14 @@ def _quantization(options: TransformersOptions) -> Any:
 
 
 def _scale_rope(config: Any, options: TransformersOptions) -> None:
-    """Twice the context by stretching the rotary positions, as LLaMA-Factory does for inference."""
     if options.rope_scaling is None:
         return
     text_config = config.get_text_config()
-    old = getattr(text_config, "max_position_embeddings", None)
-    rope = getattr(text_config, "rope_parameters", None)
-    if not old or not isinstance(rope, dict) or "rope_theta" not in rope:
-        raise ConfigurationError("rope_scaling: this model's positions can't be scaled.")
-    rope |= {"rope_type": options.rope_scaling, "factor": 2.0}
-    if options.rope_scaling in {"dynamic", "yarn", "llama3"}:
-        rope["original_max_position_embeddings"] = old
-    if options.rope_scaling == "llama3":
-        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    text_config.rope_parameters = rope
-    text_config.max_position_embeddings = 2 * old
+    text_config.rope_parameters, text_config.max_position_embeddings = scaled(
+        getattr(text_config, "rope_parameters", None),
+        getattr(text_config, "max_position_embeddings", None),
+        options.rope_scaling,
+    )
 
 
 def _refuse_uncached(model: Any, options: TransformersOptions) -> None:

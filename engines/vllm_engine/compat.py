@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 _ENVIRONMENT = {
@@ -55,15 +55,19 @@ def request_errors() -> tuple[type[Exception], ...]:
     return (VLLMClientError, ValueError, TypeError)
 
 
-def count_steps(engine: Any, count: Callable[[], None]) -> None:
-    """Call ``count()`` whenever the engine core reports a step. `AsyncLLM` looks the method up anew for each report;
-    its public hook for this (a stat logger) makes statistics for every token of every request."""
-    core = engine.engine_core
-    original = core.get_output_async
+def want_output_ids_only_if_needed() -> None:
+    """In the engine core: let the model runner keep the requests' output ids up to date only while one of our
+    processors has a request that reads them (`reads_output_ids`), as it does for its own penalties. Otherwise any
+    processor makes every step wait for the ids of the one before (`InputBatch.logitsprocs_need_output_token_ids`)."""
+    from vllm.v1.worker.gpu_input_batch import InputBatch
 
-    async def get_output_async() -> Any:
-        outputs = await original()
-        count()
-        return outputs
+    def is_needed(batch: Any) -> bool:
+        return any(
+            getattr(processor, "reads_output_ids", not type(processor).__module__.startswith("vllm."))
+            for processor in batch.logitsprocs.all
+        )
 
-    core.get_output_async = get_output_async
+    def set_by_runner(batch: Any, value: bool) -> None:
+        """It says only whether there are processors beside vLLM's own."""
+
+    InputBatch.logitsprocs_need_output_token_ids = property(is_needed, set_by_runner)

@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from typing import Any
 
-from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+from vllm.v1.engine.exceptions import EngineDeadError
 
-from tokenfleet.engines.base import EngineInfo, RawLogprob, Sequence, TokenChunk
+from tokenfleet.engines.base import EngineInfo, Sequence, TokenChunk
+from tokenfleet.engines.grammar import GrammarCompiler
 from tokenfleet.engines.stopping import ending_ids
 from tokenfleet.engines.vllm_engine import compat
 from tokenfleet.engines.vllm_engine.loading import LoadedVllm, load
 from tokenfleet.engines.vllm_engine.options import VllmOptions
-from tokenfleet.engines.vllm_engine.params import sampling_params
+from tokenfleet.engines.vllm_engine.params import pooling_params, sampling_params
+from tokenfleet.engines.vllm_engine.steps import StepReader
 from tokenfleet.wire.chat import GenerationParams
 from tokenfleet.wire.errors import ContextLengthExceeded, EngineDead, EngineError, InvalidRequest
 
 
 class VllmEngine:
-    """A causal language model in vLLM's `AsyncLLM`. See `engines.base.Engine`.
+    """A causal language model in vLLM's engine core, a child process. See `engines.base.Engine`.
 
-    The engine core is a child process; what reads its tokens is a task on the loop that first generates."""
+    `AsyncLLM` starts the core, checks requests and ends it; what the core makes is read by our own `StepReader`."""
 
     def __init__(self, options: VllmOptions) -> None:
         self._options = options
         self._loaded: LoadedVllm | None = None
-        self._steps = 0
+        self._reader: StepReader | None = None
+        self._tasks: tuple[Any, ...] = ()
+        self._compiler: GrammarCompiler | None = None
         self._active = 0
         self._numbers = itertools.count()
 
@@ -43,7 +47,7 @@ class VllmEngine:
 
     @property
     def steps(self) -> int:
-        return self._steps
+        return 0 if self._reader is None else self._reader.steps
 
     @property
     def running(self) -> int:
@@ -59,20 +63,20 @@ class VllmEngine:
     async def start(self) -> None:
         if self._loaded is not None:
             return
-        loaded = await asyncio.to_thread(load, self._options)
-        compat.count_steps(loaded.engine, self._count_step)
-        self._loaded = loaded
+        self._loaded = loaded = await asyncio.to_thread(load, self._options)
+        self._reader = StepReader(loaded.engine.engine_core)
         try:
+            self._tasks = await loaded.engine.get_supported_tasks()
             await self._warm_up()
         except BaseException:
             await self.close()
             raise
 
-    def _count_step(self) -> None:
-        self._steps += 1
-
     async def _warm_up(self) -> None:
         """A token for each way to sample that is compiled or loaded at its first use."""
+        if self.info.can_score:
+            await self.score([(1, 1)])
+            return
         for params in (GenerationParams(do_sample=False), GenerationParams(logprobs=True)):
             async with aclosing(self.generate(Sequence("warm-up", (1, 1), params, 2))) as chunks:
                 async for _ in chunks:
@@ -84,35 +88,62 @@ class VllmEngine:
             yield over
             return
         self._refuse_what_cannot_work(sequence)
-        loaded, params = self._started, sequence.params
-        try:
-            # vLLM adds nothing to an id in older releases, and an aborted sequence's may come again at once.
-            outputs = loaded.engine.generate(
-                compat.token_prompt([*sequence.prompt_ids, *sequence.delivered_ids]),
-                sampling_params(sequence),
-                f"{sequence.sequence_id}-{next(self._numbers)}",
-                lora_request=loaded.lora.get(sequence.adapter),
-            )
-        except compat.request_errors() as error:
-            raise _refused(error) from error
+        params = sequence.params
+        if sequence.delivered_ids and params.response_format.type != "text":
+            await self._prime(sequence)
+        request_id = f"{sequence.sequence_id}-{next(self._numbers)}"  # an aborted sequence's may come again at once
+        core, reader = self._started.engine.engine_core, self._steps_reader
+        request = self._request(
+            request_id,
+            (*sequence.prompt_ids, *sequence.delivered_ids),
+            sampling_params(sequence),
+            sequence.adapter,
+        )
+        box = reader.open(request_id, params.top_logprobs if params.logprobs else None)
         self._active += 1
         try:
-            async with aclosing(outputs):
-                async for output in outputs:
-                    chunk = _chunk(output.outputs[0], params.top_logprobs if params.logprobs else None)
-                    if chunk is not None:
-                        yield chunk
+            await core.add_request_async(request)
+            while True:
+                chunk = await box.take()
+                yield chunk
+                if chunk.finish_reason is not None:
+                    return
         except EngineDeadError as error:
             raise EngineDead("vLLM's engine core has died.", hint="Its reason is in the worker's log.") from error
-        except EngineGenerateError as error:
-            raise EngineError(f"vLLM failed this request: {error.__cause__ or error}") from error
-        except compat.request_errors() as error:
-            raise _refused(error) from error
         finally:
             self._active -= 1
+            await reader.close(request_id)
+
+    async def _prime(self, sequence: Sequence) -> None:
+        """Let a grammar read the delivered ids here, where an error costs this request only."""
+        if self._compiler is None:
+            self._compiler = GrammarCompiler(self._started.tokenizer, self.info.vocab_size)
+        ends = ending_ids(sequence.params, sequence.eos_ids)
+        wanted = sequence.params.response_format
+        await asyncio.to_thread(self._compiler.compile, wanted, sequence.delivered_ids, frozenset(ends))
+
+    def _request(self, request_id: str, ids: tuple[int, ...], params: Any, adapter: str | None) -> Any:
+        """An `EngineCoreRequest`; ``params``: `SamplingParams` or `PoolingParams`. Raises `InvalidRequest`."""
+        loaded = self._started
+        try:
+            request = loaded.engine.input_processor.process_inputs(
+                request_id, compat.token_prompt(list(ids)), params, self._tasks, lora_request=loaded.lora.get(adapter)
+            )
+        except compat.request_errors() as error:
+            raise InvalidRequest(f"vLLM refuses this request: {error}") from error
+        request.external_req_id = request_id
+        return request
+
+    @property
+    def _steps_reader(self) -> StepReader:
+        if self._reader is None:
+            raise EngineDead("The engine has not been started.")
+        return self._reader
 
     def _refuse_what_cannot_work(self, sequence: Sequence) -> None:
         info, params = self.info, sequence.params
+        if info.can_score:
+            raise InvalidRequest("This model gives scores, no text.", code="unsupported", hint="Ask for scores.")
         prompt_tokens = len(sequence.prompt_ids)
         if not prompt_tokens:
             raise InvalidRequest("The prompt has no tokens.", param="prompt")
@@ -124,21 +155,10 @@ class VllmEngine:
                 max_new_tokens=sequence.max_new_tokens,
                 context_tokens=info.context_tokens,
             )
-        for name, ids in (
-            ("prompt", (*sequence.prompt_ids, *sequence.delivered_ids)),
-            ("logit_bias", params.logit_bias),
-            ("stop_token_ids", params.stop_token_ids),
-        ):
-            if any(not 0 <= token < info.vocab_size for token in ids):
-                raise InvalidRequest(
-                    f"{name} has a token id outside of the model's vocabulary (0 to {info.vocab_size - 1}).", param=name
-                )
-        if sequence.adapter is not None and sequence.adapter not in info.adapters:
-            raise InvalidRequest(
-                f"There is no adapter {sequence.adapter!r}.",
-                hint=f"Loaded: {', '.join(info.adapters) or 'none'}.",
-                param="adapter",
-            )
+        self._refuse_foreign_ids("prompt", (*sequence.prompt_ids, *sequence.delivered_ids))
+        self._refuse_foreign_ids("logit_bias", params.logit_bias)
+        self._refuse_foreign_ids("stop_token_ids", params.stop_token_ids)
+        self._refuse_unknown_adapter(sequence.adapter)
         if sequence.media:
             raise InvalidRequest("This engine takes text only.", code="unsupported_parameter", param="media")
         if params.num_beams > 1:
@@ -146,17 +166,75 @@ class VllmEngine:
                 "Beam search is not offered by this engine.", code="unsupported_parameter", param="num_beams"
             )
 
+    def _refuse_foreign_ids(self, name: str, ids: Iterable[int]) -> None:
+        if any(not 0 <= token < self.info.vocab_size for token in ids):
+            raise InvalidRequest(
+                f"{name} has a token id outside of the model's vocabulary (0 to {self.info.vocab_size - 1}).",
+                param=name,
+            )
+
+    def _refuse_unknown_adapter(self, adapter: str | None) -> None:
+        if adapter is not None and adapter not in self.info.adapters:
+            raise InvalidRequest(
+                f"There is no adapter {adapter!r}.",
+                hint=f"Loaded: {', '.join(self.info.adapters) or 'none'}.",
+                param="adapter",
+            )
+
     async def score(self, texts_ids: list[tuple[int, ...]], *, adapter: str | None = None) -> list[float]:
-        raise EngineError("Rewards are not built for vLLM yet.", code="unsupported", hint="Use transformers.")
+        await self.check()
+        if not self.info.can_score:
+            raise EngineError(
+                "This model gives no scores: it was loaded to generate.",
+                code="unsupported",
+                hint="Serve a sequence classifier, or set rewards for a model with a value head.",
+            )
+        self._refuse_unknown_adapter(adapter)
+        for ids in texts_ids:
+            self._refuse_foreign_ids("input", ids)
+            if not 0 < len(ids) <= self.info.context_tokens:
+                raise ContextLengthExceeded(
+                    f"A text has {len(ids)} tokens; 1 to {self.info.context_tokens} can be scored.",
+                    prompt_tokens=len(ids),
+                    context_tokens=self.info.context_tokens,
+                )
+        scores = [asyncio.ensure_future(self._score(ids, adapter)) for ids in texts_ids]
+        try:
+            return list(await asyncio.gather(*scores))
+        finally:
+            for score in scores:
+                score.cancel()
+
+    async def _score(self, ids: tuple[int, ...], adapter: str | None) -> float:
+        loaded, reader = self._started, self._steps_reader
+        request_id = f"score-{next(self._numbers)}"
+        request = self._request(request_id, ids, pooling_params(is_hidden=loaded.head is not None), adapter)
+        pooled = reader.open_reward(request_id)
+        self._active += 1
+        try:
+            await loaded.engine.engine_core.add_request_async(request)
+            values = await pooled
+        except EngineDeadError as error:
+            raise EngineDead("vLLM's engine core has died.", hint="Its reason is in the worker's log.") from error
+        finally:
+            self._active -= 1
+            await reader.close(request_id)
+        return float(values[0] if loaded.head is None else loaded.head(values[None])[0])
 
     async def check(self) -> None:
         if self._started.engine.errored:
             raise EngineDead("vLLM's engine core has died.", hint="Its reason is in the worker's log.")
+        if (failure := self._steps_reader.failure) is not None:
+            raise failure
 
     async def close(self) -> None:
+        reader, self._reader = self._reader, None
         loaded, self._loaded = self._loaded, None
+        if reader is not None:
+            reader.stop()
         if loaded is not None:
             await asyncio.to_thread(loaded.engine.shutdown)
+            loaded.folders.close()
 
 
 def _already_over(sequence: Sequence) -> TokenChunk | None:
@@ -167,30 +245,3 @@ def _already_over(sequence: Sequence) -> TokenChunk | None:
     if len(delivered) >= sequence.max_new_tokens:
         return TokenChunk((), (), "length")
     return None
-
-
-def _chunk(output: Any, top_logprobs: int | None) -> TokenChunk | None:
-    """``output``: a `CompletionOutput` in deltas. None if there is nothing in it."""
-    ids = tuple(output.token_ids)
-    logprobs: tuple[RawLogprob, ...] = ()
-    if top_logprobs is not None and ids:
-        logprobs = tuple(map(_raw_logprob, ids, output.logprobs, itertools.repeat(top_logprobs)))
-    match output.finish_reason:
-        case None:
-            return TokenChunk(ids, logprobs) if ids else None
-        case "stop" | "length" as reason:
-            return TokenChunk(ids, logprobs, reason)
-        case "abort":
-            return TokenChunk(ids, logprobs, "cancelled")
-        case reason:
-            raise EngineError(f"vLLM ended this request with {reason!r}.")
-
-
-def _raw_logprob(token: int, found: Any, count: int) -> RawLogprob:
-    """``found``: id → `vllm.logprobs.Logprob`, of the ``count`` best and of the token itself."""
-    best = sorted(((other, each.logprob) for other, each in found.items()), key=lambda pair: -pair[1])
-    return RawLogprob(token, found[token].logprob, tuple(best[:count]))
-
-
-def _refused(error: Exception) -> InvalidRequest:
-    return InvalidRequest(f"vLLM refuses this request: {error}")

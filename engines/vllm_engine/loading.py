@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +15,12 @@ from typing import Any
 from tokenfleet.engines import models
 from tokenfleet.engines.base import EngineInfo
 from tokenfleet.engines.digests import folder_digest
+from tokenfleet.engines.rewards import RewardHead, find_value_head
+from tokenfleet.engines.rope import scaled
+from tokenfleet.engines.vllm_engine import adapters as lora
 from tokenfleet.engines.vllm_engine.options import VllmOptions
 from tokenfleet.wire.errors import ConfigurationError, EngineDead
 
-_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _MOST_ADAPTERS_AT_ONCE = 8
 
 
@@ -30,33 +34,99 @@ class LoadedVllm:
     """`transformers.PreTrainedTokenizerBase`"""
     info: EngineInfo
     lora: Mapping[str | None, Any]
+    head: RewardHead | None
+    """What makes a score of a last hidden state. None: the model makes it, if it is a classifier."""
+    folders: contextlib.ExitStack
+    """Closing it removes what was written for vLLM to read."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What the options name, as folders; ``model`` is the one for vLLM to read."""
+
+    model: Path
+    fixed: tuple[Path, ...]
+    chosen: Mapping[str, Path]
+    lora: Mapping[str | None, lora.LoraFolder]
+    is_classifier: bool
+    head: RewardHead | None
+
+    @property
+    def is_pooling(self) -> bool:
+        return self.is_classifier or self.head is not None
 
 
 def load(options: VllmOptions) -> LoadedVllm:
     """Blocks for a minute. Raises `ConfigurationError` for what can't be loaded, `UnknownModel`, `EngineDead`."""
+    with contextlib.ExitStack() as folders:
+        parts = _parts(options, folders)
+        engine, tokenizer = _started(parts, options)
+        info = _info(engine.model_config, parts, options)
+        from vllm.lora.request import LoRARequest
+
+        requests = {
+            name: LoRARequest(name or "fixed", place, str(adapter.path))
+            for place, (name, adapter) in enumerate(parts.lora.items(), start=1)
+        }
+        return LoadedVllm(engine, tokenizer, info, requests, parts.head, folders.pop_all())
+
+
+def _parts(options: VllmOptions, folders: contextlib.ExitStack) -> _Parts:
+    subfolder = options.adapter_folder or ""
+    model = _resolved(options.model_name_or_path, options, options.model_revision)
+    fixed = tuple(_resolved(name, options) / subfolder for name in options.adapter_name_or_path)
+    chosen = {name: _resolved(path, options) / subfolder for name, path in options.adapters.items()}
+    head = find_value_head([*reversed(fixed), model]) if options.rewards else None
+    config = _json(model / "config.json")
+    is_classifier = any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+    if options.rewards and not is_classifier and head is None:
+        raise ConfigurationError(
+            f"rewards: there is no value head beside {_label(options)!r} or its adapters.",
+            hint="It is a file value_head.safetensors or value_head.bin.",
+        )
+    always = [lora.read(folder, allow_pickle=options.allow_pickle) for folder in fixed]
+    named: dict[str | None, list[lora.LoraFolder]] = {None: always} if always else {}
+    for name, folder in chosen.items():
+        named[name] = [*always, lora.read(folder, allow_pickle=options.allow_pickle)]
+    place = Path()
+    if any(len(each) > 1 for each in named.values()):
+        place = Path(folders.enter_context(tempfile.TemporaryDirectory(prefix="tokenfleet-lora-")))
+    joined = {name: lora.joined(each, place / str(i)) for i, (name, each) in enumerate(named.items())}
+    if any(model.glob("value_head.*")):
+        model = _without_head(
+            model, Path(folders.enter_context(tempfile.TemporaryDirectory(prefix="tokenfleet-vllm-")))
+        )
+    return _Parts(model, fixed, chosen, joined, is_classifier, head)
+
+
+def _without_head(model: Path, folder: Path) -> Path:
+    """A folder of links to all the model's files but its value head: vLLM would look for a place for that, too."""
+    for file in model.iterdir():
+        if not file.name.startswith("value_head."):
+            (folder / file.name).symlink_to(file.resolve())
+    return folder
+
+
+def _started(parts: _Parts, options: VllmOptions) -> tuple[Any, Any]:
+    """`AsyncLLM` and the tokenizer."""
     import transformers
     import vllm
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    folder = _resolved(options.model_name_or_path, options, options.model_revision)
-    subfolder = options.adapter_folder or ""
-    adapters = {name: _resolved(path, options) / subfolder for name, path in options.adapters.items()}
-    fixed = [_resolved(name, options) / subfolder for name in options.adapter_name_or_path]
-    label = options.label or options.model_name_or_path.rstrip("/").rsplit("/", 1)[-1]
+    label = _label(options)
     try:
-        args = AsyncEngineArgs(**_arguments(folder, [*adapters.values(), *fixed], options))
+        args = AsyncEngineArgs(**_arguments(parts, options))
     except TypeError as error:
         raise ConfigurationError(f"vllm_config has what vLLM {vllm.__version__} does not know: {error}") from error
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(parts.model, trust_remote_code=options.trust_remote_code)
         config = args.create_engine_config()
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         raise ConfigurationError(f"The model {label!r} can't be loaded by vLLM: {_first_line(error)}") from error
     try:
-        engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+        return AsyncLLM.from_vllm_config(config, disable_log_stats=True), tokenizer
     except (RuntimeError, EngineDeadError) as error:  # the core's own reason is in its output, above
         raise EngineDead(
             f"vLLM's engine core did not start for {label!r}: {_first_line(error)}",
@@ -64,100 +134,143 @@ def load(options: VllmOptions) -> LoadedVllm:
         ) from error
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigurationError(f"The model {label!r} can't be loaded by vLLM: {_first_line(error)}") from error
-    model = config.model_config
-    info = EngineInfo(
+
+
+def _info(model: Any, parts: _Parts, options: VllmOptions) -> EngineInfo:
+    """``model``: `vllm.config.ModelConfig`"""
+    import vllm
+
+    return EngineInfo(
         name="vllm",
         version=vllm.__version__,
-        model=label,
-        fingerprint=_fingerprint(folder, fixed, adapters, str(model.dtype), options, vllm.__version__),
+        model=_label(options),
+        fingerprint=_fingerprint(parts, str(model.dtype), options, vllm.__version__),
         context_tokens=model.max_model_len,
         slots=options.max_batch_size,
         vocab_size=model.get_vocab_size(),
-        adapters=tuple(adapters),
-        eos_ids=_eos_ids(folder),
+        adapters=tuple(parts.chosen),
+        can_score=parts.is_pooling,
+        eos_ids=_eos_ids(parts.model),
     )
-    named: list[tuple[str | None, Path]] = [*adapters.items(), *((None, path) for path in fixed)]
-    lora = {name: LoRARequest(name or "fixed", place, str(path)) for place, (name, path) in enumerate(named, start=1)}
-    return LoadedVllm(engine, tokenizer, info, lora)
+
+
+def _label(options: VllmOptions) -> str:
+    return options.label or options.model_name_or_path.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _resolved(name: str, options: VllmOptions, revision: str | None = None) -> Path:
     return models.resolve(name, revision=revision, allow_pickle=options.allow_pickle, cache=options.cache_dir)
 
 
-def _arguments(folder: Path, adapters: list[Path], options: VllmOptions) -> dict[str, Any]:
+def _arguments(parts: _Parts, options: VllmOptions) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
-    from tokenfleet.engines.vllm_engine.processors import CutProcessor, HistoryProcessor
-
+    is_cpu = current_platform.is_cpu()
     args: dict[str, Any] = {
         "structured_outputs_config": {"backend": "guidance"},  # one dialect of grammars with the transformers engine
         "disable_log_stats": True,
         "enable_log_requests": False,  # they hold prompts
         **options.vllm_config,
-        "model": str(folder),
+        "model": str(parts.model),
         "trust_remote_code": options.trust_remote_code,
-        "dtype": options.infer_dtype,
+        "dtype": "float32" if is_cpu and options.infer_dtype == "auto" else options.infer_dtype,
         "enforce_eager": options.vllm_enforce_eager,
         "max_num_seqs": options.max_batch_size,
         "generation_config": "vllm",  # a checkpoint's defaults must not change what a request means
-        "logits_processors": [HistoryProcessor, CutProcessor],
         "load_format": "auto" if options.allow_pickle else "safetensors",
+        **_purpose(parts),
+        **_quantization(options),
+        **_rope(parts.model, options),
     }
     if options.vllm_maxlen is not None:
         args["max_model_len"] = options.vllm_maxlen
     if options.vllm_gpu_util is not None:
         args["gpu_memory_utilization"] = options.vllm_gpu_util
-    if current_platform.is_cpu():
-        if options.infer_dtype == "auto":
-            args["dtype"] = "float32"
-    elif "tensor_parallel_size" not in args and (gpus := current_platform.device_count()) > 1:
+    if not is_cpu and "tensor_parallel_size" not in args and (gpus := current_platform.device_count()) > 1:
         args["tensor_parallel_size"] = gpus
-    if adapters:
-        ranks = [_rank(path, options.allow_pickle) for path in adapters]
-        needed = options.vllm_max_lora_rank or max(ranks)
-        fitting = [rank for rank in _LORA_RANKS if rank >= needed]
-        if not fitting or max(ranks) > needed:
-            raise ConfigurationError(
-                f"An adapter has rank {max(ranks)}, and vllm_max_lora_rank is {needed}.",
-                hint=f"vLLM's ranks are {', '.join(map(str, _LORA_RANKS))}.",
-            )
-        args["enable_lora"], args["max_lora_rank"] = True, fitting[0]
-        args.setdefault("max_loras", min(len(adapters), _MOST_ADAPTERS_AT_ONCE))
+    if parts.lora:
+        adapters = list(parts.lora.values())
+        args["enable_lora"], args["max_lora_rank"] = True, lora.greatest_rank(adapters, options.vllm_max_lora_rank)
+        # vLLM's CPU kernels take a row without an adapter (-1) for one of the last slot: that one must stay empty
+        # (vllm/lora/ops/torch_ops/lora_ops.py, 0.32).
+        slots = len(adapters) + 1 if is_cpu else min(len(adapters), _MOST_ADAPTERS_AT_ONCE)
+        args.setdefault("max_loras", slots)
     return args
 
 
-def _rank(folder: Path, allow_pickle: bool) -> int:
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        rank = max([int(config["r"]), *map(int, config.get("rank_pattern", {}).values())])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+def _purpose(parts: _Parts) -> dict[str, Any]:
+    """A model gives either text or scores."""
+    if parts.is_pooling:
+        # No logits, no processors; something of ours must be imported in the core all the same (`lifeline`).
+        extension = "tokenfleet.engines.vllm_engine.worker.WorkerExtension"
+        convert = "classify" if parts.is_classifier else "embed"
+        return {"runner": "pooling", "convert": convert, "worker_extension_cls": extension}
+    from tokenfleet.engines.vllm_engine.processors import CutProcessor, GrammarProcessor, HistoryProcessor
+
+    return {"runner": "generate", "logits_processors": [HistoryProcessor, GrammarProcessor, CutProcessor]}
+
+
+def _quantization(options: VllmOptions) -> dict[str, Any]:
+    if options.quantization_bit is None:
+        return {}
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+    from vllm.platforms import current_platform
+
+    method = "bitsandbytes" if options.quantization_bit == 4 else "fp8"
+    if method not in QUANTIZATION_METHODS or current_platform.is_cpu():
+        where = "on a CPU" if current_platform.is_cpu() else "in this release"
         raise ConfigurationError(
-            f"{folder.name!r} is no LoRA adapter: its adapter_config.json is missing or has no rank."
-        ) from error
-    if not allow_pickle and not (folder / "adapter_model.safetensors").is_file():
-        raise ConfigurationError(
-            f"The adapter {folder.name!r} has no adapter_model.safetensors.",
-            hint="Pickled weights can run code when loaded; set allow_pickle only for an adapter you trust.",
+            f"quantization_bit={options.quantization_bit}: vLLM has no {method} {where}.",
+            hint="Use a checkpoint that is quantised already (AWQ, GPTQ, FP8), or transformers.",
         )
-    return rank
+    # bitsandbytes has a loader of its own, which takes safetensors only.
+    return {"quantization": method} | ({"load_format": "bitsandbytes"} if method == "bitsandbytes" else {})
+
+
+def _rope(folder: Path, options: VllmOptions) -> dict[str, Any]:
+    if options.rope_scaling is None:
+        return {}
+    import transformers
+
+    given = options.vllm_config.get("hf_overrides") or {}
+    if not isinstance(given, Mapping):
+        raise ConfigurationError("rope_scaling: vllm_config's hf_overrides must be a mapping then.")
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+    text_config = config.get_text_config()
+    rope, context = scaled(
+        getattr(text_config, "rope_parameters", None),
+        getattr(text_config, "max_position_embeddings", None),
+        options.rope_scaling,
+    )
+    changed = {"rope_parameters": rope, "max_position_embeddings": context}
+    if text_config is not config:  # a model of several parts: the text's part is overridden within
+        changed = {"text_config": changed}
+    return {"hf_overrides": {**given, **changed}}
 
 
 def _eos_ids(folder: Path) -> frozenset[int]:
-    try:
-        eos = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id")
-    except FileNotFoundError:
-        return frozenset()
+    eos = _json(folder / "generation_config.json").get("eos_token_id")
     return frozenset(eos if isinstance(eos, list) else () if eos is None else (eos,))
 
 
-def _fingerprint(
-    folder: Path, fixed: list[Path], adapters: Mapping[str, Path], dtype: str, options: VllmOptions, version: str
-) -> str:
+def _json(file: Path) -> dict[str, Any]:
+    """Empty if there is no such file. Raises `ConfigurationError` if it can't be read."""
+    try:
+        found = json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ConfigurationError(f"{file.name} of the model is no JSON: {error}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _fingerprint(parts: _Parts, dtype: str, options: VllmOptions, version: str) -> str:
     facts = {
-        "weights": [folder_digest(each) for each in (folder, *fixed)],
-        "adapters": {name: folder_digest(path) for name, path in adapters.items()},
+        "weights": [folder_digest(each) for each in (parts.model, *parts.fixed)],
+        "adapters": {name: folder_digest(path) for name, path in parts.chosen.items()},
         "dtype": dtype,
+        "quantization": options.quantization_bit,
+        "rope_scaling": options.rope_scaling,
         # All of it: which of vLLM's arguments change the numbers is for vLLM to know.
         "vllm_config": {name: repr(value) for name, value in sorted(options.vllm_config.items())},
         "vllm": version,

