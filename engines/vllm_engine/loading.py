@@ -189,6 +189,8 @@ def _arguments(parts: _Parts, options: VllmOptions) -> dict[str, Any]:
     if not is_cpu and "tensor_parallel_size" not in args and (gpus := current_platform.device_count()) > 1:
         args["tensor_parallel_size"] = gpus
     if parts.lora:
+        if not is_cpu and options.infer_dtype == "float32":  # vllm/lora/ops/triton_ops/lora_shrink_op.py asserts it
+            raise ConfigurationError("vLLM's adapters on a GPU need infer_dtype float16 or bfloat16.")
         adapters = list(parts.lora.values())
         args["enable_lora"], args["max_lora_rank"] = True, lora.greatest_rank(adapters, options.vllm_max_lora_rank)
         # vLLM's CPU kernels take a row without an adapter (-1) for one of the last slot: that one must stay empty

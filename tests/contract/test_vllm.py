@@ -34,8 +34,8 @@ async def started(folder, **options):
 
     engine = VllmEngine(
         VllmOptions(
-            model_name_or_path=str(folder), infer_dtype="float32", max_batch_size=4, vllm_enforce_eager=True,
-            vllm_config={"kv_cache_memory_bytes": 1 << 27}, **options,
+            model_name_or_path=str(folder), max_batch_size=4, vllm_enforce_eager=True,
+            vllm_config={"kv_cache_memory_bytes": 1 << 27}, **{"infer_dtype": "float32", **options},
         )
     )  # fmt: skip
     await engine.start()
@@ -69,6 +69,7 @@ async def models(tmp_path_factory):
         folder / "model",
         adapter_name_or_path=",".join(map(str, always)),
         adapters={name: str(folder / name) for name in "ab"},
+        infer_dtype="float16" if torch.cuda.is_available() else "float32",  # vLLM's LoRA kernels on a GPU
     ) as engine:
         yield engine, plain
 
@@ -95,7 +96,8 @@ async def test_each_request_is_computed_with_its_adapter_and_those_of_all_in_one
         with torch.no_grad():
             logits = model(torch.tensor([[*PROMPT, *ids]])).logits[0, len(PROMPT) - 1 : -1]
         chosen = logits[torch.arange(len(ids)), torch.tensor(ids)]
-        assert bool((chosen >= logits.amax(-1) - 1e-2).all())
+        tolerance = 0.3 if torch.cuda.is_available() else 1e-2  # in float16, of logits beyond 30
+        assert bool((chosen >= logits.amax(-1) - tolerance).all())
 
 
 async def test_a_model_that_generates_does_not_score(models):
@@ -153,6 +155,14 @@ async def test_a_killed_engine_core_fails_what_runs_and_whatever_comes(models):
 
 # -- engines of their own ---------------------------------------------------------------------------------------------
 
+
+def near(scores):
+    """``scores`` as an engine must give them: in float32 on a CPU; vLLM's attention on a GPU multiplies in TF32."""
+    import torch
+
+    return pytest.approx(scores, abs=0.05 if torch.cuda.is_available() else 1e-3)
+
+
 TEXTS = [(40, 41, 42), (43,), tuple(range(50, 90)), (7, 8, 9, 10)]
 
 
@@ -173,18 +183,18 @@ async def test_a_value_head_scores_the_last_token_and_positions_stretch(tmp_path
     stretched = hf.AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
     unlike = [small_models.save_value_head(plain, tmp_path, "safetensors")(text) for text in TEXTS]
     expected = [small_models.save_value_head(stretched, tmp_path, "safetensors")(text) for text in TEXTS]
-    assert expected != pytest.approx(unlike, abs=1e-2)
+    assert expected != pytest.approx(unlike, abs=0.2)
     async with started(tmp_path, rewards=True, rope_scaling="linear") as engine:
         assert engine.info.context_tokens == 1024
         assert engine.info.can_score
-        assert await engine.score(TEXTS) == pytest.approx(expected, abs=1e-3)
+        assert await engine.score(TEXTS) == near(expected)
         with pytest.raises(InvalidRequest, match="scores"):
             await ids_of(engine)
         with pytest.raises(ContextLengthExceeded):
             await engine.score([tuple(range(2, 300)) * 4])
         with pytest.raises(InvalidRequest, match="vocabulary"):
             await engine.score([(10_000,)])
-        assert await engine.score(TEXTS[:1]) == pytest.approx(expected[:1], abs=1e-3)
+        assert await engine.score(TEXTS[:1]) == near(expected[:1])
 
 
 async def test_a_sequence_classifier_gives_its_own_score(tmp_path):
@@ -204,7 +214,7 @@ async def test_a_sequence_classifier_gives_its_own_score(tmp_path):
     with torch.inference_mode():
         expected = [model(input_ids=torch.tensor([text])).logits.item() for text in TEXTS]
     async with started(tmp_path) as engine:
-        assert await engine.score(TEXTS) == pytest.approx(expected, abs=1e-3)
+        assert await engine.score(TEXTS) == near(expected)
 
 
 async def test_what_can_not_be_loaded_says_why(tmp_path):
