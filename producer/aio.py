@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from tokenfleet.producer.assembly import Assembly
 from tokenfleet.producer.collector import Collector, Follower, is_terminal
+from tokenfleet.producer.media import ARGUMENTS, Taken, has_media, take
+from tokenfleet.producer.media_kinds import Kind
+from tokenfleet.producer.media_sources import bytes_of
 from tokenfleet.producer.overview import Overview, overview
 from tokenfleet.wire import urls
-from tokenfleet.wire.chat import ChatRequest, ScoreRequest
+from tokenfleet.wire.chat import ChatRequest, MediaPart, ScoreRequest
 from tokenfleet.wire.errors import (
     FleetUnavailable,
     JobCancelled,
     JobExpired,
+    MediaGone,
     UnknownModel,
     from_body,
 )
@@ -24,12 +29,14 @@ from tokenfleet.wire.events import AnyEvent, Cancelled, Delta, Expired, Failed
 from tokenfleet.wire.jobs import JobOptions, JobStatus, ServedModel, State, dump_request
 from tokenfleet.wire.keys import Keys, new_id
 from tokenfleet.wire.ledger import Ledger, translated
+from tokenfleet.wire.media import MediaSettings, MediaStore, check_modalities, media_entries
 from tokenfleet.wire.requests import Messages, chat_request, check_size, score_request
 from tokenfleet.wire.results import ChatResult
 
 T = TypeVar("T")
 
 MIN_REDIS, MIN_VALKEY = (7, 0), (7, 2)
+_MEDIA = MediaSettings()
 
 
 class AsyncStream:
@@ -143,15 +150,25 @@ class AsyncClient:
     """A connection to a fleet. Use it as ``async with AsyncClient(url) as client``, from one event loop.
 
     ``model`` is the served model that jobs go to unless they name another; with one served model it may be left out.
+    ``media`` bounds images, videos and audios, and says where large ones lie.
     Raises `FleetUnavailable` when Redis can't be reached, is too old, or may evict keys."""
 
-    def __init__(self, redis_url: str, *, fleet: str = "default", model: str | None = None, max_queued: int = 100_000):
+    def __init__(
+        self,
+        redis_url: str,
+        *,
+        fleet: str = "default",
+        model: str | None = None,
+        max_queued: int = 100_000,
+        media: MediaSettings = _MEDIA,
+    ) -> None:
         self.keys = Keys(fleet)
         self.redis_url = redis_url
         self._model = model
         self._max_queued = max_queued
         self._redis = urls.connect_async(redis_url, socket_timeout=10.0, socket_connect_timeout=3.0)
         self.ledger = Ledger(self._redis, self.keys)
+        self.media = MediaStore(self._redis, self.keys, media)
         self._collecting: Collector | None = None
         self._is_checked = False
         self._background: set[asyncio.Task[Any]] = set()
@@ -177,10 +194,15 @@ class AsyncClient:
         ``messages`` is a list of messages, or a string: one user message. All else by name: ``model``; of the request
         (system, tools, adapter, enable_thinking, …), of the job (priority, tags, deadline_s, queue_ttl_s, retention_s,
         countdown or eta, durable, …), and generation parameters (temperature, max_new_tokens, …). The same ``job_id``
-        with the same body is the same job. Raises `InvalidRequest`, `UnknownModel`, `Overloaded`, `JobConflict`."""
+        with the same body is the same job. Raises `InvalidRequest`, `UnknownModel`, `Overloaded`, `JobConflict`.
+
+        ``images``, ``videos`` and ``audios`` are lists of paths, bytes, data URLs, file objects, PIL images or arrays
+        of samples; they stand where the texts say ``<image>``, ``<video>``, ``<audio>``, or before the first message.
+        OpenAI's content parts do as well (docs/media.md)."""
         model = named.pop("model", None)
-        request, options = chat_request(messages, named)
-        return await self._submit(request, options, model, job_id)
+        taken = await self._taken(messages, named)
+        request, options = chat_request(taken.messages, named)
+        return await self._submit(request, options, model, job_id, media=taken.media)
 
     async def submit_request(
         self,
@@ -190,11 +212,21 @@ class AsyncClient:
         model: str | None,
         job_id: str | None = None,
         shown: bytes = b"",
+        media: Mapping[str, bytes] | None = None,
     ) -> AsyncJob:
         """`submit`, for a request that is built already (a gateway's, a batch's).
 
-        ``shown`` is kept as long as the job, for whoever shows it again (`Ledger.stored`)."""
-        return await self._submit(request, options, model, job_id, shown)
+        ``shown`` is kept as long as the job, for whoever shows it again (`Ledger.stored`). ``media`` by sha256: what of
+        its media parts is perhaps not stored yet."""
+        return await self._submit(request, options, model, job_id, shown=shown, media=media)
+
+    async def upload(self, kind: Kind, source: Any, *, tenant: str = "") -> MediaPart:
+        """Store one medium; the part names it in messages for some minutes (`MediaSettings.upload_ttl_s`), and for as
+        long as a job needs it."""
+        data = await asyncio.to_thread(bytes_of, kind, source, kind, self.media.settings, may_be_path=True)
+        ref = hashlib.sha256(data).hexdigest()
+        await self.media.offer(tenant, {ref: data})
+        return MediaPart(type=kind, ref=ref)
 
     async def submit_scores(self, texts: Sequence[str], *, job_id: str | None = None, **named: Any) -> AsyncJob:
         """Queue texts to be scored by a reward model; ``result().scores`` has one number each."""
@@ -212,14 +244,18 @@ class AsyncClient:
 
     async def submit_many(self, chats: Iterable[Messages | Mapping[str, Any]], **named: Any) -> list[AsyncJob]:
         """Queue many chats; each is messages, or a mapping of `submit`'s arguments that overrides ``named``."""
-        calls = [{**named, **chat} if isinstance(chat, Mapping) else {**named, "messages": chat} for chat in chats]
+        calls = []
         # All are validated before the first is queued.
-        for call in calls:
-            rest = {name: value for name, value in call.items() if name not in ("messages", "model", "job_id")}
-            chat_request(call.get("messages", ()), rest)
+        for chat in chats:
+            call = {**named, **chat} if isinstance(chat, Mapping) else {**named, "messages": chat}
+            model, job_id = call.pop("model", None), call.pop("job_id", None)
+            taken = await self._taken(call.pop("messages", ()), call)
+            calls.append((*chat_request(taken.messages, call), model, job_id, taken.media))
         jobs: list[AsyncJob] = []
         for start in range(0, len(calls), 64):
-            jobs += await asyncio.gather(*(self.submit(**call) for call in calls[start : start + 64]))
+            jobs += await asyncio.gather(
+                *(self._submit(*call, media=media) for *call, media in calls[start : start + 64])
+            )
         return jobs
 
     def job(self, job_id: str, *, cancel_on_disconnect: bool = False) -> AsyncJob:
@@ -268,13 +304,25 @@ class AsyncClient:
         task.add_done_callback(self._background.discard)
         return task
 
+    async def _taken(self, messages: Messages, named: dict[str, Any]) -> Taken:
+        """The media out of both; ``named`` has none after this."""
+        if not has_media(messages, named):
+            taken = Taken(messages)
+        else:
+            taken = await asyncio.to_thread(take, messages, dict(named), self.media.settings)
+        for name in ARGUMENTS:
+            named.pop(name, None)
+        return taken
+
     async def _submit(
         self,
         request: ChatRequest | ScoreRequest,
         options: JobOptions,
         model: str | None,
         job_id: str | None,
+        *,
         shown: bytes = b"",
+        media: Mapping[str, bytes] | None = None,
     ) -> AsyncJob:
         if not self._is_checked:
             await self.check()
@@ -282,12 +330,32 @@ class AsyncClient:
         check_size(body)
         job_id = job_id or new_id()
         model = model or self._model or await self._only_model()
-        try:
-            await self.ledger.submit(job_id, model, body, options, max_queued=self._max_queued, shown=shown)
-        except UnknownModel as error:
-            known = ", ".join(sorted(await self.models())) or "none yet"
-            raise UnknownModel(error.message, hint=f"Served models: {known}.", model=model) from None
+        entries = media_entries(options.tenant, request)
+        if entries:
+            await self._check_modalities(request, model)
+        for is_last_try in (False, True):
+            if media:
+                await self.media.offer(options.tenant, media)
+            try:
+                await self.ledger.submit(
+                    job_id, model, body, options, max_queued=self._max_queued, shown=shown, media=entries
+                )
+                break
+            except UnknownModel:
+                raise _unknown(model, await self.models()) from None
+            except MediaGone as error:
+                # Gone between upload and submit: once more, if it is ours.
+                if is_last_try or not media or not media.keys() >= set(error.details["missing"]):
+                    raise
         return AsyncJob(self, job_id, cancel_on_disconnect=options.cancel_on_disconnect)
+
+    async def _check_modalities(self, request: ChatRequest | ScoreRequest, model: str) -> None:
+        """Before anything is uploaded; workers check again."""
+        models = await self.models()
+        if model not in models:
+            raise _unknown(model, models)
+        if isinstance(request, ChatRequest):
+            check_modalities(models[model].modalities, request.media)
 
     async def _only_model(self) -> str:
         models = await self.models()
@@ -303,6 +371,12 @@ class AsyncClient:
         if self._collecting is None:
             self._collecting = Collector(self.ledger)
         return self._collecting
+
+
+def _unknown(model: str, models: Iterable[str]) -> UnknownModel:
+    known = ", ".join(sorted(models)) or "none yet"
+    message = f"This fleet serves no model named {model!r}."
+    return UnknownModel(message, hint=f"Served models: {known}.", model=model)
 
 
 def piece_of(event: AnyEvent, choice: int = 0) -> str:

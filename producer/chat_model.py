@@ -151,7 +151,7 @@ class ChatModel:
     ) -> dict[str, Any]:
         """What `Client.submit` takes; what is given in the call wins over the defaults."""
         media = {"images": images, "videos": videos, "audios": audios}
-        return {**self._defaults, **more, "system": system, "tools": tools} | {k: v for k, v in media.items() if v}
+        return {**self._defaults, **more, "system": system, "tools": tools, **media}
 
     def _stop(self) -> None:
         if self._fleet is not None:

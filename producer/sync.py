@@ -9,10 +9,12 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from tokenfleet.producer.aio import AsyncClient, AsyncJob, AsyncStream, piece_of
+from tokenfleet.producer.media_kinds import Kind
 from tokenfleet.producer.overview import Overview
-from tokenfleet.wire.chat import ChatRequest, ScoreRequest
+from tokenfleet.wire.chat import ChatRequest, MediaPart, ScoreRequest
 from tokenfleet.wire.events import AnyEvent
 from tokenfleet.wire.jobs import JobOptions, JobStatus, ServedModel, State
+from tokenfleet.wire.media import MediaSettings
 from tokenfleet.wire.requests import Messages
 from tokenfleet.wire.results import ChatResult
 
@@ -129,10 +131,18 @@ class Job:
 class Client:
     """A connection to a fleet, usable from any thread; see `AsyncClient` for its arguments."""
 
-    def __init__(self, redis_url: str, *, fleet: str = "default", model: str | None = None, max_queued: int = 100_000):
+    def __init__(
+        self,
+        redis_url: str,
+        *,
+        fleet: str = "default",
+        model: str | None = None,
+        max_queued: int = 100_000,
+        media: MediaSettings | None = None,
+    ) -> None:
         self.thread = LoopThread()
         try:
-            self.aio = self.thread.run(_made(redis_url, fleet, model, max_queued))
+            self.aio = self.thread.run(_made(redis_url, fleet, model, max_queued, media or MediaSettings()))
         except BaseException:
             self.thread.close()
             raise
@@ -155,11 +165,21 @@ class Client:
         return Job(self.thread, self.thread.run(self.aio.submit(messages, job_id=job_id, **named)))
 
     def submit_request(
-        self, request: ChatRequest | ScoreRequest, options: JobOptions, *, model: str | None, job_id: str | None = None
+        self,
+        request: ChatRequest | ScoreRequest,
+        options: JobOptions,
+        *,
+        model: str | None,
+        job_id: str | None = None,
+        media: Mapping[str, bytes] | None = None,
     ) -> Job:
         """`submit`, for a request that is built already."""
-        made = self.aio.submit_request(request, options, model=model, job_id=job_id)
+        made = self.aio.submit_request(request, options, model=model, job_id=job_id, media=media)
         return Job(self.thread, self.thread.run(made))
+
+    def upload(self, kind: Kind, source: Any, *, tenant: str = "") -> MediaPart:
+        """Store one medium; the part names it in messages. See `AsyncClient.upload`."""
+        return self.thread.run(self.aio.upload(kind, source, tenant=tenant))
 
     def submit_scores(self, texts: Sequence[str], *, job_id: str | None = None, **named: Any) -> Job:
         """Queue texts to be scored by a reward model."""
@@ -195,9 +215,9 @@ class Client:
         self.thread.run(self.aio.check())
 
 
-async def _made(redis_url: str, fleet: str, model: str | None, max_queued: int) -> AsyncClient:
+async def _made(redis_url: str, fleet: str, model: str | None, max_queued: int, media: MediaSettings) -> AsyncClient:
     """The asynchronous client, made on its own loop and checked."""
-    client = AsyncClient(redis_url, fleet=fleet, model=model, max_queued=max_queued)
+    client = AsyncClient(redis_url, fleet=fleet, model=model, max_queued=max_queued, media=media)
     try:
         await client.check()
     except BaseException:

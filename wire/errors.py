@@ -2,7 +2,8 @@
 
     TokenfleetError                 code, message, hint, retryable, http_status
     ├── CallerError                 the request is wrong: mend it, sending it again won't help
-    │   ├── InvalidRequest          invalid_request, unsupported_parameter, invalid_media, ...
+    │   ├── InvalidRequest          invalid_request, unsupported_parameter, invalid_media, media_mismatch,
+    │   │                           media_too_large, unsupported_media, unsupported_modality, url_refused, ...
     │   ├── ContextLengthExceeded   context_length_exceeded
     │   ├── UnknownModel            unknown_model
     │   ├── UnknownJob              unknown_job (never existed, or its retention is over)
@@ -16,6 +17,7 @@
     │   ├── JobCancelled            cancelled
     │   ├── JobExpired              expired
     │   ├── StreamInterrupted       stream_interrupted: its worker died and it can't be continued
+    │   ├── MediaGone               media_gone: what the job refers to expired, or Redis or the folder lost it
     │   └── LostState               lost_state: Redis came back without (part of) the job
     ├── FleetUnavailable            redis_unavailable, redis_too_old, wrong_eviction_policy, no_worker, fleet_failed
     └── ConfigurationError          bad settings, a missing extra: for whoever runs the fleet
@@ -146,6 +148,14 @@ class StreamInterrupted(JobFailed):
 
 class LostState(JobFailed):
     code = "lost_state"
+    retryable = True
+    http_status = 502
+
+
+class MediaGone(JobFailed):
+    """``details['missing']``: sha256 of what is not there (16 at most)."""
+
+    code = "media_gone"
     retryable = True
     http_status = 502
 

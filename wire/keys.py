@@ -26,6 +26,8 @@ All begin with ``tokenfleet:<fleet>:`` but for the Celery queue lists and ``cele
 | webhook_secrets      | hash    | tenant → what its webhooks are signed with                   | command line      | never         |
 | hook:<id>            | hash    | a webhook to be delivered: where, for whom, attempts so far  | finish, gateways  | 3 days        |
 | hooks                | zset    | ids of such, by when they are next to be tried               | finish, gateways  | when empty    |
+| media:<scope>:<sha>  | hash    | a medium: ``bytes`` (size), ``data`` or ``file`` (its name)   | media_put         | its jobs' ends |
+| media-jobs:<s>:<sha> | zset    | who needs it (job ids, ``upload``, ``kept``), until when     | submit, claim, …  | with it       |
 | meta                 | hash    | incarnation, last reap, memory sample                        | reap, register    | never         |
 """
 
@@ -59,6 +61,11 @@ def is_id(text: str) -> bool:
     return bool(_ID.match(text))
 
 
+def media_entry(tenant: str, ref: str) -> str:
+    """The end of a medium's key: ``<scope>:<sha256>``. Tenants never meet, and no name of one is part of a key."""
+    return f"{hashlib.sha256(tenant.encode()).hexdigest()[:16]}:{ref}"
+
+
 def slug(model: str) -> str:
     """A model's name as it stands in its queue's: readable, safe, and distinct (6 hex of its sha256)."""
     readable = re.sub(r"[^a-z0-9]+", "-", model.lower()).strip("-")[:40]
@@ -87,6 +94,10 @@ class Keys:
 
     def live(self, job_id: str) -> str:
         return f"{self.prefix}live:{job_id}"
+
+    def media(self, entry: str) -> str:
+        """``entry`` is a `media_entry`."""
+        return f"{self.prefix}media:{entry}"
 
     def control(self, worker_id: str) -> str:
         return f"{self.prefix}ctl:{worker_id}"

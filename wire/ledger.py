@@ -21,6 +21,7 @@ from tokenfleet.wire.errors import (
     FleetUnavailable,
     JobConflict,
     LostState,
+    MediaGone,
     Overloaded,
     UnknownJob,
     UnknownModel,
@@ -159,10 +160,13 @@ class Ledger:
         max_queued: int = 100_000,
         links: bytes = b"",
         shown: bytes = b"",
+        media: Sequence[str] = (),
     ) -> int:
         """Write the job, its first event and its Celery message, all or nothing. Returns how many wait before it.
 
-        Submitting the same again is a no-op. Raises `JobConflict`, `UnknownModel`, `Overloaded`, `FleetUnavailable`."""
+        ``media`` are the `media_entry` of what the request refers to; they stay as long as the job needs them.
+        Submitting the same again is a no-op. Raises `JobConflict`, `UnknownModel`, `Overloaded`, `MediaGone`,
+        `FleetUnavailable`."""
         priority = int(options.lane)
         pairs: list[scripts.Arg] = ["request", request, "retention_ms", int(options.kept_s * 1000)]
         stored = options.model_dump_json(exclude_defaults=True)
@@ -177,6 +181,8 @@ class Ledger:
             pairs += ["hook", msgspec.json.encode(hook)]
         if shown:
             pairs += ["shown", shown]
+        if media:
+            pairs += ["media", " ".join(dict.fromkeys(media))]
         async with translated():
             reply = await self._run(
                 "submit",
@@ -223,6 +229,8 @@ class Ledger:
                     hint="Try again later.",
                     retry_after_s=2.0,
                 )
+            case b"media_gone":
+                raise media_gone([entry.decode().partition(":")[2] for entry in reply[1:]])
             case _:
                 waiting, rate = int(reply[1]), float(reply[2])
                 raise Overloaded(
@@ -394,6 +402,15 @@ def checked(job_id: str) -> str:
     if not is_id(job_id):
         raise unknown(job_id)
     return job_id
+
+
+def media_gone(refs: Sequence[str], hint: str = "") -> MediaGone:
+    more = f" and {len(refs) - 1} more" if len(refs) > 1 else ""
+    return MediaGone(
+        f"The medium {refs[0][:12]}…{more} is not (or no longer) in the fleet's store.",
+        hint=hint or "Send the request again, with the media themselves.",
+        missing=list(refs[:16]),
+    )
 
 
 def unknown(job_id: str) -> UnknownJob:

@@ -33,7 +33,12 @@ def chat_request(messages: Messages, named: Mapping[str, Any]) -> tuple[ChatRequ
         if value is None:
             continue
         if name in _MEDIA_NAMES:
-            raise InvalidRequest(f"{name}: media can't be sent yet.", code="unsupported_media", param=name)
+            raise InvalidRequest(
+                f"{name}: media don't travel inside a message of the queue.",
+                code="unsupported_media",
+                hint="client.upload() stores one and gives the part that names it in messages.",
+                param=name,
+            )
         if name in _REQUEST_NAMES:
             request[name] = value
         elif name in _OPTION_NAMES:

@@ -15,12 +15,12 @@ import redis.asyncio
 
 Name = Literal[
     "submit", "claim", "append", "cancel", "release", "beat", "serve", "bury", "reap", "poll", "lost", "links", "rate",
-    "forget",
+    "forget", "media_touch", "media_put",
 ]  # fmt: skip
 Arg = str | bytes | int | float
 
 # What heals a full Redis must not be refused by it; only what takes in new work is.
-_REFUSED_WHEN_FULL = {"submit"}
+_REFUSED_WHEN_FULL = {"submit", "media_put"}
 
 
 @cache

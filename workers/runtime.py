@@ -24,7 +24,6 @@ from tokenfleet.wire.chat import ChatRequest, ScoreRequest
 from tokenfleet.wire.errors import (
     EngineDead,
     FleetUnavailable,
-    InvalidRequest,
     LostState,
     TokenfleetError,
     UnknownJob,
@@ -33,6 +32,7 @@ from tokenfleet.wire.events import Failed, Finished, Started, Usage
 from tokenfleet.wire.jobs import JobOptions, ServedModel, dump_request, parse_request
 from tokenfleet.wire.keys import new_id
 from tokenfleet.wire.ledger import Claim, Ledger, checked
+from tokenfleet.wire.media import MediaSettings, MediaStore, media_entries
 from tokenfleet.wire.requests import check_size
 from tokenfleet.wire.results import ChatResult
 from tokenfleet.workers.control import ControlChannel
@@ -48,6 +48,7 @@ from tokenfleet.workers.takeover import Delivered
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 _ALONE_FROM_STRIKES = 2
+_SWEEP_EVERY_S = 30.0
 
 
 @dataclass(slots=True, eq=False)
@@ -92,6 +93,7 @@ class Runtime:
         self._strays: dict[str, int] = {}
         self._giving: set[asyncio.Future[None]] = set()
         self.ledger = Ledger(self._client, self.keys)
+        self.media = MediaStore(self._client, self.keys, MediaSettings(folder=settings.media_folder))
         self.publisher = Publisher(Ledger(connect(), self.keys))
         guardian = Guardian(settings.redis_url, settings.fleet)
         self.lease = Lease(connect_blocking, self.keys, settings.lease, self, guardian)
@@ -111,7 +113,7 @@ class Runtime:
             await asyncio.sleep(0.02)
         await self._register_model()
         control = ControlChannel(self._connect, self.keys, lambda: self.lease.worker_id, self._ordered)
-        tasks = [asyncio.create_task(self.publisher.run()), asyncio.create_task(control.run())]
+        tasks = [asyncio.create_task(run()) for run in (self.publisher.run, control.run, self._sweep_media)]
         try:
             yield
         finally:
@@ -221,7 +223,7 @@ class Runtime:
             if is_suspect and (status := await patiently(lambda: self.ledger.begin(claim))) != "ok":
                 writer.lose(status)
                 await asyncio.sleep(0)  # where it takes effect
-            media = await self._media(request)
+            media = await self._media(request, claim)
             prepared = await self.served.prepare(request, claim, attempt.delivered, media)
             attempt.prompt_tokens = prepared.prompt_tokens
             fields: dict[str, str | bytes] = {}
@@ -239,12 +241,21 @@ class Runtime:
                     await self._score(attempt, prepared, request.adapter)
         await writer.flushed()
 
-    async def _media(self, request: ChatRequest | ScoreRequest) -> tuple[Media, ...]:
-        """The bytes of the request's media parts, in their order."""
-        if isinstance(request, ScoreRequest) or not request.media:
+    async def _media(self, request: ChatRequest | ScoreRequest, claim: Claim) -> tuple[Media, ...]:
+        """The bytes of the request's media parts, in their order; every attempt fetches them anew."""
+        if isinstance(request, ScoreRequest) or not (parts := request.media):
             return ()
         self.served.check_media(request)
-        raise InvalidRequest("Media can't be fetched yet.", code="unsupported_media", param="messages")
+        tenant = claim.options.tenant
+        fetched = await patiently(lambda: self.media.fetch(tenant, parts))
+        return tuple(Media(part.type, data) for part, data in zip(parts, fetched, strict=True))
+
+    async def _sweep_media(self) -> None:
+        """Delete the files of media whose time is over."""
+        while True:
+            await asyncio.sleep(_SWEEP_EVERY_S)
+            with contextlib.suppress(RedisError, OSError, FleetUnavailable):
+                await self.media.sweep()
 
     async def _chat(self, attempt: Attempt, prepared: Prepared, share: Share | None) -> None:
         """``share``: ends being alone, to be called once the job has made progress."""
@@ -312,7 +323,8 @@ class Runtime:
         """Queue a job that came as a Celery message of a user's own, with what follows it."""
         body = dump_request(request)
         check_size(body)
-        await self.ledger.submit(checked(job_id), self.settings.model, body, options, links=links)
+        media = media_entries(options.tenant, request)
+        await self.ledger.submit(checked(job_id), self.settings.model, body, options, links=links, media=media)
 
     async def revoked(self, job_id: str) -> None:
         """Celery threw a revoked job's message away before any task code ran."""

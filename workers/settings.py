@@ -60,6 +60,8 @@ class WorkerSettings(BaseSettings):
     default_system: str | None = None
     enable_thinking: bool | None = None
     slots: int | None = Field(None, ge=1, le=4096)
+    media_folder: Path | None = None
+    """Where media too large for Redis lie; shared with the producers."""
     lease: LeaseSettings = LeaseSettings()
     grace_s: float = Field(30.0, ge=0)
     """How long running jobs may go on after SIGTERM before they are handed over."""

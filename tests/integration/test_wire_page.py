@@ -8,6 +8,8 @@ import re
 import uuid
 from typing import Any
 
+import pytest
+
 from tests.fleets import MODEL, ROOT, Fleet, wait_until
 
 
@@ -21,18 +23,19 @@ def queue_of(fleet: str, model: str) -> str:
     return f"tokenfleet.{fleet}.{slug}-{hashlib.sha256(model.encode()).hexdigest()[:6]}"
 
 
-def submit(client: Any, fleet: str, max_tokens: int) -> str:
+def submit(client: Any, fleet: str, max_tokens: int, content: Any = "Hi!", media: tuple[str, ...] = ()) -> str:
     job_id = str(uuid.uuid4())
     request = {
         "kind": "chat",
-        "messages": [{"role": "user", "content": "Hi!"}],
+        "messages": [{"role": "user", "content": content}],
         "params": {"max_new_tokens": max_tokens, "do_sample": False},
     }
     reply = client.eval(
         script("submit", "#!lua"), 0, f"tokenfleet:{fleet}:", job_id, "my digest", MODEL, queue_of(fleet, MODEL), 0, 0,
         60_000, 60_000, 1000, "request", json.dumps(request), "retention_ms", 60_000,
+        *(("media", " ".join(media)) if media else ()),
     )  # fmt: skip
-    assert reply[0] == b"accepted"
+    assert reply[0] == b"accepted", reply
     return job_id
 
 
@@ -81,3 +84,25 @@ def test_a_stranger_cancels(served: Fleet) -> None:
     reply = client.eval(script("cancel", "#!lua flags=allow-oom"), 0, f"tokenfleet:{fleet}:", job_id, "enough")
     assert reply == [b"cancelled"]
     assert read(client, fleet, job_id, 0)[-1][1]["type"] == "cancelled"
+
+
+def test_a_stranger_uploads_an_image(fleet: Fleet) -> None:
+    fleet.start_worker(modalities=["text", "image"], token_ms=0)
+    client, name = fleet.redis.client(), fleet.redis.fleet
+    image = b"\x89PNG\r\n\x1a\n" + b"any bytes: the scripted engine decodes nothing"
+    ref = hashlib.sha256(image).hexdigest()
+    entry = f"{hashlib.sha256(b'').hexdigest()[:16]}:{ref}"
+    content = [{"type": "image", "ref": ref}, {"type": "text", "text": "Hi!"}]
+    with pytest.raises(AssertionError, match=f"media_gone.*{entry}"):
+        submit(client, name, 5, content, (entry,))
+    touch = lambda: client.eval(script("media_touch", "#!lua flags=allow-oom"), 0, f"tokenfleet:{name}:", 60_000, entry)  # noqa: E731
+    assert touch() == [0]
+    put = (script("media_put", "#!lua"), 0, f"tokenfleet:{name}:", entry, 60_000, len(image), "data", image)
+    assert client.eval(*put) == [b"stored"]
+    assert client.eval(*put) == [b"exists"]
+    assert touch() == [1]
+    job_id = submit(client, name, 5, content, (entry,))
+    ours = fleet.client()
+    text = ours.job(job_id).result(20).text
+    assert text == ours.chat("Hi!", images=[image], do_sample=False, max_new_tokens=5).text
+    assert text != ours.chat("Hi!", do_sample=False, max_new_tokens=5).text

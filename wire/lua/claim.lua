@@ -39,6 +39,10 @@ if f[1] == 'queued' then
   if f[5] and (not highest or num(f[5]) > num(highest)) then redis.call('HSET', order, lane, f[5]) end
   redis.call('HINCRBY', order, 'count' .. second, 1)
 end
-local r = redis.call('HMGET', job, 'seq', 'request', 'prompt', 'fingerprint', 'strikes', 'deadline_ms', 'tokens', 'options')
+local r = redis.call('HMGET', job, 'seq', 'request', 'prompt', 'fingerprint', 'strikes', 'deadline_ms', 'tokens', 'options',
+  'media')
+if r[9] then
+  for entry in string.gmatch(r[9], '%S+') do want_media(entry, id, num(r[6]) + SETTLE_MS) end
+end
 return { 'claimed', epoch, num(r[1]), r[2], r[3] or '', r[4] or '', num(r[5]), num(r[6]), num(r[7]), NOW, r[8] or '{}',
   redis.call('HEXISTS', job, 'links') }

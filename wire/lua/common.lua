@@ -86,12 +86,33 @@ local function notify(id, hook, state)
   redis.call('ZADD', P .. 'hooks', NOW, id)
 end
 
+-- Media that a job needs: '<scope>:<sha256> <scope>:<sha256> ...'. P media:<entry> holds the bytes (or the name of
+-- their file), P media-jobs:<entry> who wants them until when; both end with the last of these times.
+local MEDIA_KEPT_MS = 600000 -- after a job's end, at most: the next turn of its conversation has them again
+
+local function want_media(entry, who, until_ms)
+  local jobs = P .. 'media-jobs:' .. entry
+  redis.call('ZADD', jobs, 'GT', until_ms, who)
+  local last = redis.call('ZRANGE', jobs, -1, -1, 'WITHSCORES')[2]
+  redis.call('PEXPIREAT', P .. 'media:' .. entry, last)
+  redis.call('PEXPIREAT', jobs, last)
+end
+
+local function leave_media(entries, id, kept_ms)
+  for entry in string.gmatch(entries, '%S+') do
+    redis.call('ZREM', P .. 'media-jobs:' .. entry, id)
+    if redis.call('EXISTS', P .. 'media:' .. entry) == 1 then
+      want_media(entry, 'kept', NOW + math.min(kept_ms, MEDIA_KEPT_MS))
+    end
+  end
+end
+
 -- The end of a job: exactly one terminal event, last in its log. Callers have checked that it has not ended.
 -- `celery` is what AsyncResult reads.
 local function finish(id, state, seq, event, celery)
   local job = job_key(id)
   local f = redis.call('HMGET', job, 'queue', 'priority', 'worker', 'retention_ms', 'sends', 'links', 'dead_ms', 'state',
-    'tenant', 'hook', 'prompt_tokens', 'tokens')
+    'tenant', 'hook', 'prompt_tokens', 'tokens', 'media')
   local queue, keep = f[1], num(f[4])
   redis.pcall('XADD', log_key(id), 'NOMKSTREAM', seq .. '-0', 'e', event) -- no log, or not ours: it ends all the same
   redis.call('HSET', job, 'state', state, 'seq', seq, 'ended_ms', NOW, 'terminal', event, 'owner', '')
@@ -112,6 +133,7 @@ local function finish(id, state, seq, event, celery)
   if f[10] then notify(id, f[10], state) end
   redis.call('PEXPIRE', job, keep)
   redis.call('PEXPIRE', log_key(id), keep)
+  if f[13] then leave_media(f[13], id, keep) end
   redis.call('SET', 'celery-task-meta-' .. id, celery, 'PX', keep)
   redis.call('PUBLISH', 'celery-task-meta-' .. id, celery)
   -- Deliveries that nobody will acknowledge any more (their worker died) would stay for ever.

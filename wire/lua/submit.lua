@@ -1,7 +1,8 @@
 -- ARGV: prefix, id, digest, model, queue, priority, delay_ms, queue_ttl_ms, deadline_ms, max_queued, field, value, …
 -- Returns {'accepted', n waiting before it} | {'exists'} | {'conflict'} | {'unknown_model'} |
 --         {'memory_full', percent} | {'queue_full', n, claims per second in the last 10 s} |
---         {'tenant_jobs', limit} | {'tenant_queue', limit}
+--         {'tenant_jobs', limit} | {'tenant_queue', limit} |
+--         {'media_gone', '<scope>:<sha256>', …} (what the field `media` names and is not there: upload it again)
 local id, digest, model, queue, priority = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local delay, queue_ttl, deadline, max_queued = num(ARGV[7]), num(ARGV[8]), num(ARGV[9]), num(ARGV[10])
 local job = job_key(id)
@@ -16,9 +17,16 @@ if waiting >= max_queued then
   for k = 1, 10 do claimed = claimed + num(redis.call('HGET', P .. 'order:' .. queue, 'count' .. (second - k))) end
   return { 'queue_full', waiting, tostring(claimed / 10) }
 end
-local tenant
+local tenant, media
 for k = 11, #ARGV, 2 do
-  if ARGV[k] == 'tenant' then tenant = ARGV[k + 1] end
+  if ARGV[k] == 'tenant' then tenant = ARGV[k + 1] elseif ARGV[k] == 'media' then media = ARGV[k + 1] end
+end
+if media then
+  local gone = { 'media_gone' }
+  for entry in string.gmatch(media, '%S+') do
+    if redis.call('EXISTS', P .. 'media:' .. entry) == 0 then gone[#gone + 1] = entry end
+  end
+  if #gone > 1 then return gone end
 end
 if tenant then
   local mine, limits = P .. 'tenant:' .. tenant, limits_of(tenant)
@@ -32,6 +40,15 @@ if tenant then
     end
   end
   redis.call('ZADD', mine, NOW + deadline, id)
+end
+-- Accepted from here on.
+if media then
+  local until_ms = NOW + math.min(deadline, delay + queue_ttl) + SETTLE_MS
+  for entry in string.gmatch(media, '%S+') do
+    -- What was uploaded has found its job. (Who has uploaded the same for another may have to do it again.)
+    redis.call('ZREM', P .. 'media-jobs:' .. entry, 'upload')
+    want_media(entry, id, until_ms)
+  end
 end
 local fields = { 'state', 'queued', 'digest', digest, 'model', model, 'queue', queue, 'priority', priority,
   'epoch', 0, 'owner', '', 'worker', '', 'seq', 1, 'tokens', 0, 'strikes', 0, 'submitted_ms', NOW,
