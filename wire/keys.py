@@ -15,7 +15,9 @@ All begin with ``tokenfleet:<fleet>:`` but for the Celery queue lists and ``cele
 | worker:<wid>         | hash    | what a worker says of itself                                 | beat              | with worker   |
 | jobs:<wid>           | set     | jobs the worker runs                                         | claim, …          | with worker   |
 | held:<wid>           | set     | jobs whose message a worker holds until it has room          | hold              | with worker   |
-| ctl:<wid>            | channel | orders to a worker: ``cancel <id>``, ``fenced``              | cancel, reap      |               |
+| ctl:<wid>            | channel | orders to a worker: ``cancel <id>``, ``fenced``, ``ask <n>`` | cancel, reap      |               |
+| ask:<nonce>          | string  | a question to a worker's tokenizer (`wire/asks.py`)          | gateway           | taken, 30 s   |
+| reply:<nonce>        | list    | its answer                                                   | worker            | taken, 30 s   |
 | models               | hash    | served models: name → JSON                                   | register          | never         |
 | queues               | set     | all queues                                                   | register          | never         |
 | dead                 | zset    | dead letters by time                                         | reap              | retention     |
@@ -101,6 +103,12 @@ class Keys:
 
     def control(self, worker_id: str) -> str:
         return f"{self.prefix}ctl:{worker_id}"
+
+    def ask(self, nonce: str) -> str:
+        return f"{self.prefix}ask:{nonce}"
+
+    def reply(self, nonce: str) -> str:
+        return f"{self.prefix}reply:{nonce}"
 
     def worker(self, worker_id: str) -> str:
         return f"{self.prefix}worker:{worker_id}"

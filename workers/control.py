@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class ControlChannel:
-    """``on_order(order, argument)`` is called on the loop for ``cancel <job>`` and ``fenced``."""
+    """``on_order(order, argument)`` is called on the loop for ``cancel <job>``, ``ask <nonce>`` and ``fenced``."""
 
     def __init__(
         self,

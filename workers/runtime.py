@@ -35,6 +35,7 @@ from tokenfleet.wire.ledger import Claim, Ledger, checked
 from tokenfleet.wire.media import MediaSettings, MediaStore, media_entries
 from tokenfleet.wire.requests import check_size
 from tokenfleet.wire.results import ChatResult
+from tokenfleet.workers.asks import Answers
 from tokenfleet.workers.control import ControlChannel
 from tokenfleet.workers.gate import Gate, Share
 from tokenfleet.workers.guardian import Guardian
@@ -112,6 +113,7 @@ class Runtime:
         while not self.lease.registered.is_set():  # noqa: ASYNC110  (set by a thread; Redis may come up after us)
             await asyncio.sleep(0.02)
         await self._register_model()
+        self._answers = Answers(self._client, self.keys, self.served.loaded)
         control = ControlChannel(self._connect, self.keys, lambda: self.lease.worker_id, self._ordered)
         tasks = [asyncio.create_task(run()) for run in (self.publisher.run, control.run, self._sweep_media)]
         try:
@@ -122,6 +124,7 @@ class Runtime:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await self._answers.close()
             await self.served.close()
             await self._client.aclose()
             await self.publisher.aclose()
@@ -310,6 +313,8 @@ class Runtime:
         """An order from the control channel; a hint, since the ledger has already decided."""
         if order == "cancel" and (attempt := self.attempts.get(argument)) is not None:
             attempt.writer.lose("ended")
+        elif order == "ask":
+            self._answers.take(argument)
         elif order == "fenced":
             self._lose_all()
 

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from tokenfleet import __version__
 from tokenfleet.producer.aio import AsyncClient
 from tokenfleet.producer.apikeys import KeyStore
-from tokenfleet.producer.gateway import chat, errors, models, operations, responses
+from tokenfleet.producer.gateway import chat, errors, models, operations, responses, tokens
 from tokenfleet.producer.gateway.guard import Guard
 from tokenfleet.producer.gateway.metrics import Metrics
 from tokenfleet.producer.gateway.outermost import Outermost
@@ -48,6 +48,6 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     app.state.metrics = Metrics()
     app.add_middleware(Guard)
     app.add_middleware(Outermost)
-    for part in (chat, responses, models, operations):
+    for part in (chat, responses, models, tokens, operations):
         app.include_router(part.router)
     return app

@@ -17,17 +17,23 @@ async def health() -> dict[str, str]:
 
 @router.get("/ready")
 async def ready(request: Request) -> Response:
-    """200 if Redis answers and every served model has a live worker; else 503 with what is missing."""
+    """200 if Redis answers and every served model has a worker with a valid lease; else 503 with what is missing.
+
+    A worker whose engine stands still loses its lease by its own decision, so a lease says that it makes progress."""
     try:
-        models = await request.app.state.client.models()
-        workers = await request.app.state.client.workers()
+        fleet = await request.app.state.client.overview()
     except TokenfleetError as error:
         return JSONResponse({"status": "unready", "reason": error.code}, status_code=503)
-    alive = {worker.get("model") for worker in workers}
-    missing = sorted(name for name in models if name not in alive)
+    models = {
+        info.model.name: {"workers": info.workers, "running": info.running, "waiting": info.waiting}
+        for info in fleet.models
+    }
+    missing = sorted(info.model.name for info in fleet.models if not info.workers)
     if not models or missing:
-        return JSONResponse({"status": "unready", "reason": "no_worker", "models": missing}, status_code=503)
-    return JSONResponse({"status": "ready", "models": sorted(models), "workers": len(workers)})
+        return JSONResponse(
+            {"status": "unready", "reason": "no_worker", "missing": missing, "models": models}, status_code=503
+        )
+    return JSONResponse({"status": "ready", "models": models, "workers": len(fleet.workers)})
 
 
 @router.get("/metrics")
