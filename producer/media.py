@@ -23,7 +23,7 @@ ARGUMENTS: Mapping[str, Kind] = {"images": "image", "videos": "video", "audios":
 WORDS: Mapping[Kind, str] = {"image": "<image>", "video": "<video>", "audio": "<audio>"}
 
 # OpenAI's and vLLM's types of parts: what kind they are, and the name under which their content stands.
-_PARTS: Mapping[str, tuple[Kind, str]] = {
+PARTS: Mapping[str, tuple[Kind, str]] = {
     "image_url": ("image", "image_url"),
     "input_image": ("image", "image_url"),
     "video_url": ("video", "video_url"),
@@ -108,9 +108,9 @@ class _Taking:
         kind_of_part = part.get("type")
         if kind_of_part == "file":
             return self._file(part, place)
-        if not isinstance(kind_of_part, str) or kind_of_part not in _PARTS:
+        if not isinstance(kind_of_part, str) or kind_of_part not in PARTS:
             return dict(part)
-        kind, name = _PARTS[kind_of_part]
+        kind, name = PARTS[kind_of_part]
         if "ref" in part:
             self._count()
             return {"type": kind, "ref": part["ref"]}
@@ -229,7 +229,8 @@ def _kind(part: Any) -> str | None:
 
 def _is_medium(part: Any) -> bool:
     if isinstance(part, Mapping):
-        return part.get("type") in _PARTS or part.get("type") == "file"
+        kind = part.get("type")
+        return isinstance(kind, str) and (kind in PARTS or kind == "file")
     return getattr(part, "type", "text") in WORDS
 
 

@@ -17,6 +17,7 @@ from tokenfleet.producer.gateway.outermost import Outermost
 from tokenfleet.producer.gateway.settings import GatewaySettings
 from tokenfleet.producer.tenants import Tenants
 from tokenfleet.wire.errors import ConfigurationError
+from tokenfleet.wire.media import MediaSettings
 
 
 def create_app(settings: GatewaySettings) -> FastAPI:
@@ -24,7 +25,8 @@ def create_app(settings: GatewaySettings) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        client = AsyncClient(settings.redis_url, fleet=settings.fleet, max_queued=settings.max_queued)
+        media = MediaSettings(folder=settings.media_folder, max_bytes=settings.max_media_bytes)
+        client = AsyncClient(settings.redis_url, fleet=settings.fleet, max_queued=settings.max_queued, media=media)
         app.state.client = client
         needs_keys = not settings.is_loopback and not settings.allow_no_keys
         app.state.keys = KeyStore(client.ledger.client, client.keys, always=needs_keys)

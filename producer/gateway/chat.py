@@ -24,6 +24,7 @@ from tokenfleet.producer.gateway.answers import (
 from tokenfleet.producer.gateway.bodies import read_body
 from tokenfleet.producer.gateway.chat_requests import from_chat_body, from_completion_body
 from tokenfleet.producer.gateway.chunks import ChatChunks, StreamOptions, TextChunks
+from tokenfleet.producer.gateway.media import take_media, taken_media
 from tokenfleet.producer.gateway.metrics import Observed
 from tokenfleet.producer.gateway.streaming import Source, event_stream, last_event_id
 from tokenfleet.wire.chat import ChatRequest, ScoreRequest
@@ -42,6 +43,8 @@ async def chat_completions(request: Request) -> Response:
     settings, tenant = request.app.state.settings, request.state.tenant
     stream = StreamOptions.of(body)
     key = request.headers.get("idempotency-key")
+    if isinstance(body.get("messages"), list):
+        body["messages"] = await take_media(request, body["messages"])
     # A caller who can come back by his key keeps the job when his connection breaks.
     chat, options = from_chat_body(body, settings, tenant, cancel_on_disconnect=key is None)
     job, model = await submit(request, chat, options, body, key)
@@ -111,7 +114,8 @@ async def submit(
         model, chat = name, chat.model_copy(update={"adapter": adapter})
     options = await asked_for(request, options, key)
     job_id = new_id() if key is None else id_of_key(options.tenant, key)
-    return await client.submit_request(chat, options, model=model, job_id=job_id, shown=shown), model
+    media = taken_media(request)
+    return await client.submit_request(chat, options, model=model, job_id=job_id, shown=shown, media=media), model
 
 
 async def asked_for(request: Request, options: JobOptions, key: str | None) -> JobOptions:

@@ -131,8 +131,11 @@ def retention_of(body: Mapping[str, Any], settings: GatewaySettings) -> float:
     return float(wanted)
 
 
+_CONTENT_OF = {"text": "text", "image": "ref", "video": "ref", "audio": "ref"}
+
+
 def message_of(message: Any, index: int, settings: GatewaySettings) -> dict[str, Any]:
-    """One of OpenAI's messages; text parts are taken, media parts are for a fleet that has media."""
+    """One of OpenAI's messages; its media are references already (`media.take_media`)."""
     if not isinstance(message, Mapping):
         raise InvalidRequest(f"messages.{index}: an object is needed.", param=f"messages.{index}")
     known = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
@@ -145,12 +148,12 @@ def message_of(message: Any, index: int, settings: GatewaySettings) -> dict[str,
             raise InvalidRequest(f"messages.{index}: at most {settings.max_parts} parts are taken.", param="messages")
         for part in content:
             kind = part.get("type") if isinstance(part, Mapping) else None
-            if kind != "text":
+            if kind not in ("text", "image", "video", "audio") or (kind != "text" and "ref" not in part):
                 raise InvalidRequest(
-                    f"messages.{index}: parts of type {kind!r} can't be sent yet.", code="unsupported_media",
+                    f"messages.{index}: parts of type {str(kind)[:64]!r} are not supported.", code="unsupported_media",
                     param=f"messages.{index}.content",
                 )  # fmt: skip
-        result["content"] = [{"type": "text", "text": part.get("text")} for part in content]
+        result["content"] = [{name: part.get(name) for name in ("type", _CONTENT_OF[part["type"]])} for part in content]
     if calls := result.get("tool_calls"):
         if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
             raise InvalidRequest(f"messages.{index}.tool_calls: a list of objects is needed.", param="messages")

@@ -13,6 +13,7 @@ from tokenfleet.producer.aio import AsyncClient, AsyncJob, raise_for
 from tokenfleet.producer.gateway.bodies import read_body
 from tokenfleet.producer.gateway.chat import submit
 from tokenfleet.producer.gateway.errors import NotFound
+from tokenfleet.producer.gateway.media import take_media
 from tokenfleet.producer.gateway.metrics import Observed
 from tokenfleet.producer.gateway.response_events import ResponseFold, Shown
 from tokenfleet.producer.gateway.response_items import Asked, messages_of, page
@@ -40,6 +41,7 @@ async def create(request: Request) -> Response:
     earlier = await _conversation(request, body.get("previous_response_id"))
     key = request.headers.get("idempotency-key")
     leaves = key is None and not asked.background
+    messages = await take_media(request, messages)
     chat, options = from_response_body(body, earlier, messages, settings, tenant, cancel_on_disconnect=leaves)
     shown = asked.dump()
     check_size(shown)

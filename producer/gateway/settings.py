@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -24,7 +25,18 @@ class GatewaySettings(BaseSettings):
     allow_no_keys: bool = False
     """Serve without keys on an address that others can reach. For networks that are closed by other means."""
     unknown_fields: Literal["refuse", "ignore"] = "refuse"
-    max_body_bytes: int = Field(8 * 1024 * 1024, ge=1024)
+    max_body_bytes: int = Field(32 * 1024 * 1024, ge=1024)
+    """Media come as base64: four bytes for three."""
+    max_media_bytes: int = Field(128 * 1024 * 1024, ge=1)
+    """One image, video or audio; without ``media_folder`` at most 8 MiB."""
+    media_folder: Path | None = None
+    """Shared with the workers, for media above 8 MiB."""
+    fetch_urls: bool = False
+    """Fetch media that requests name by http(s) URLs, from the public internet only."""
+    fetch_timeout_s: float = Field(10.0, gt=0)
+    fetch_max_urls: int = Field(16, ge=1)
+    fetch_allowed_networks: tuple[str, ...] = ()
+    """Networks that are not public and may be fetched from all the same, e.g. ``["10.1.2.0/24"]``."""
     max_messages: int = Field(2048, ge=1)
     max_parts: int = Field(256, ge=1)
     max_prompts: int = Field(128, ge=1)

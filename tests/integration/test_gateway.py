@@ -103,7 +103,7 @@ def test_models(client: openai.OpenAI) -> None:
         ({"response_format": {"type": "json_object"}}, "unsupported_parameter"),
         ({"messages": [{"role": "user", "content": "word " * 40_000}]}, "context_length_exceeded"),
         ({"messages": [{"role": "judge", "content": "x"}]}, "invalid_request"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "unsupported_media"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "invalid_media"),
     ],
 )  # fmt: skip
 def test_bad_requests_are_400_with_a_stable_code(client: openai.OpenAI, body: dict, code: str) -> None:

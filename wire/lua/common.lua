@@ -88,8 +88,6 @@ end
 
 -- Media that a job needs: '<scope>:<sha256> <scope>:<sha256> ...'. P media:<entry> holds the bytes (or the name of
 -- their file), P media-jobs:<entry> who wants them until when; both end with the last of these times.
-local MEDIA_KEPT_MS = 600000 -- after a job's end, at most: the next turn of its conversation has them again
-
 local function want_media(entry, who, until_ms)
   local jobs = P .. 'media-jobs:' .. entry
   redis.call('ZADD', jobs, 'GT', until_ms, who)
@@ -102,7 +100,7 @@ local function leave_media(entries, id, kept_ms)
   for entry in string.gmatch(entries, '%S+') do
     redis.call('ZREM', P .. 'media-jobs:' .. entry, id)
     if redis.call('EXISTS', P .. 'media:' .. entry) == 1 then
-      want_media(entry, 'kept', NOW + math.min(kept_ms, MEDIA_KEPT_MS))
+      want_media(entry, 'kept', NOW + kept_ms)
     end
   end
 end
@@ -133,7 +131,10 @@ local function finish(id, state, seq, event, celery)
   if f[10] then notify(id, f[10], state) end
   redis.call('PEXPIRE', job, keep)
   redis.call('PEXPIRE', log_key(id), keep)
-  if f[13] then leave_media(f[13], id, keep) end
+  if f[13] then
+    -- The next turn of a conversation has them again; so may a dead letter. A batch's results are only read.
+    leave_media(f[13], id, f[2] == '6' and state ~= 'failed' and math.min(keep, 600000) or keep)
+  end
   redis.call('SET', 'celery-task-meta-' .. id, celery, 'PX', keep)
   redis.call('PUBLISH', 'celery-task-meta-' .. id, celery)
   -- Deliveries that nobody will acknowledge any more (their worker died) would stay for ever.
