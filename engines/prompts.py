@@ -21,8 +21,9 @@ from tokenfleet.engines.templates.answer import begin_call, parser_of, parser_of
 from tokenfleet.engines.templates.choice import Offer, offer
 from tokenfleet.engines.templates.conversation import check_last, check_order, split_system, turns, without_thoughts
 from tokenfleet.engines.templates.encoding import Encoding
+from tokenfleet.engines.templates.expansion import Expansion
 from tokenfleet.engines.templates.masking import Mask
-from tokenfleet.engines.templates.media import Placement, place, text_of
+from tokenfleet.engines.templates.media import Placement, as_parts, place, text_of
 from tokenfleet.engines.templates.named import Piece, pieces
 from tokenfleet.engines.templates.options import PromptOptions, Wishes
 from tokenfleet.engines.templates.parsed import parsed
@@ -69,10 +70,12 @@ def renderer(
     default_system: str | None = None,
     enable_thinking: bool | None = None,
     options: PromptOptions = _DEFAULTS,
+    expansion_of: Callable[[tuple[Media, ...]], Expansion] | None = None,
 ) -> Callable[[ChatRequest, tuple[Media, ...]], RenderedPrompt]:
     """`render` for one served model. None means "not set" here. Raises `ConfigurationError` (an unknown name).
 
-    The media's bytes say nothing about the text, only about ids: they are for a model that expands placeholders."""
+    ``expansion_of`` says what the model reads in the place of a request's media; it may take long (it decodes them)
+    and raises `InvalidRequest`. Without it their places are words such as ``<image>``."""
     if default_system is not None:
         options = replace(options, default_system=default_system)
     if enable_thinking is not None:
@@ -80,7 +83,8 @@ def renderer(
     loaded = load_template(template, tokenizer)
 
     def render_one(request: ChatRequest, media: tuple[Media, ...] = ()) -> RenderedPrompt:
-        return render(request, tokenizer, loaded, options=options)
+        expansion = expansion_of(media) if media and expansion_of else None
+        return render(request, tokenizer, loaded, options=options, expansion=expansion)
 
     return render_one
 
@@ -92,14 +96,18 @@ def render(
     *,
     options: PromptOptions = _DEFAULTS,
     now: datetime | None = None,
+    expansion: Expansion | None = None,
 ) -> RenderedPrompt:
     """Raises `InvalidRequest`; ``details["param"]`` names what is wrong."""
     if request.prompt is not None:
         return _raw(request.prompt, tokenizer)
     wishes, offered = Wishes.of(request, options), offer(request)
     placement = place(request.messages, template.media if template else None)
-    mask = Mask(tokenizer, template, request.messages) if options.is_neutral else None
-    messages = mask.messages if mask else request.messages
+    messages: Sequence[Message] = request.messages
+    if expansion is not None:
+        messages, placement = as_parts(messages, placement, expansion.words(template))
+    mask = Mask(tokenizer, template, messages) if options.is_neutral else None
+    messages = mask.messages if mask else messages
     result: list[Piece]
     if template is None:
         text, source = _own_text(tokenizer, messages, wishes, offered, placement, now)
@@ -113,6 +121,8 @@ def render(
         last = result[-1] if isinstance(result[-1], str) else ""
         parser, added = begin_call(parser, offered, last, no_thoughts)
         result += added
+    if expansion is not None:
+        result = expansion.expanded(result, template)
     encoding = Encoding(tokenizer, template, mask)
     stop_ids, stop_strings = encoding.stops()
     return RenderedPrompt(

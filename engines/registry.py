@@ -134,6 +134,7 @@ def _with_hf_tokenizer(engine: Any, settings: ModelSettings) -> Loaded:
     from tokenfleet.engines.hf_tokenizer import HFTokenizer
     from tokenfleet.engines.prompts import renderer
 
+    media = getattr(engine, "media", None)
     return Loaded(
         engine,
         HFTokenizer(engine.tokenizer),
@@ -142,6 +143,7 @@ def _with_hf_tokenizer(engine: Any, settings: ModelSettings) -> Loaded:
             template=settings.template,
             default_system=settings.default_system,
             enable_thinking=settings.enable_thinking,
+            expansion_of=media.expansion if media else None,
         ),
     )
 

@@ -1,13 +1,14 @@
 """Where images, videos and audios stand in the texts: at their parts, or at words such as ``<image>``.
 
 A conversation uses one way for a kind: words if any of its texts has one, and then as many as there are media.
+What a model reads there instead, and how often, is an `Expansion`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from tokenfleet.wire.chat import MediaPart, Message, TextPart
 from tokenfleet.wire.errors import InvalidRequest
@@ -22,6 +23,8 @@ class Placement:
     media: tuple[MediaPart, ...] = ()
     by_part: frozenset[str] = frozenset()
     by_word: frozenset[str] = frozenset()
+    words: Mapping[str, str] = field(default_factory=lambda: WORDS)
+    """What a part of each kind leaves in a text."""
 
 
 def parts_of(message: Message) -> Sequence[TextPart | MediaPart]:
@@ -58,9 +61,47 @@ def _wrong(message: str, hint: str) -> InvalidRequest:
 def text_of(message: Message, placement: Placement) -> str:
     """The message as one text, with a word for each medium."""
     return "".join(
-        part.text if isinstance(part, TextPart) else WORDS[part.type] if part.type in placement.by_part else ""
+        part.text
+        if isinstance(part, TextPart)
+        else placement.words[part.type]
+        if part.type in placement.by_part
+        else ""
         for part in parts_of(message)
     )
+
+
+def as_parts(
+    messages: Sequence[Message], placement: Placement, words: Mapping[str, str]
+) -> tuple[list[Message], Placement]:
+    """The same conversation with a part where a word stood, so that what users wrote is text and nothing else.
+
+    ``words``: what each part is to leave in a text."""
+    left = {kind: iter([part for part in placement.media if part.type == kind]) for kind in placement.by_word}
+    result = [
+        message
+        if not parts_of(message)
+        else message.model_copy(update={"content": tuple(_moved(message, placement, left))})
+        for message in messages
+    ]
+    return result, replace(
+        placement, by_part=placement.by_part | placement.by_word, by_word=frozenset(), words={**WORDS, **words}
+    )
+
+
+def _moved(
+    message: Message, placement: Placement, left: Mapping[str, Iterator[MediaPart]]
+) -> Iterator[TextPart | MediaPart]:
+    kinds = {WORDS[kind]: kind for kind in placement.by_word}
+    for part in parts_of(message):
+        if isinstance(part, MediaPart):
+            if part.type not in placement.by_word:
+                yield part
+            continue
+        for text in re.split(f"({'|'.join(map(re.escape, kinds))})", part.text) if kinds else [part.text]:
+            if text in kinds:
+                yield next(left[kinds[text]])
+            elif text:
+                yield TextPart(text=text)
 
 
 def split(message: Message, placement: Placement) -> list[dict[str, str]]:

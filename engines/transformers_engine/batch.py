@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -19,6 +19,21 @@ _PADDING_ALLOWED = 1.25
 Adapters = Rows[str | None]
 Prompt = tuple[tuple[int, ...], str | None]
 """Token ids and the adapter they are read with."""
+Inputs = Mapping[str, Any]
+"""What a forward pass takes beside token ids: pixels, sound. Tensors are on the CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class MediaInputs:
+    """Of one prompt; ``digest`` is equal for equal media. ``positions``: ``[1 or more, 1, tokens]``, where the model
+    has positions of its own for them; the next token's lies ``offset`` from its place in the text."""
+
+    digest: bytes
+    tokens: int
+    """The prompt's, all of which must be in one pass."""
+    inputs: Inputs
+    positions: torch.Tensor | None = None
+    offset: int = 0
 
 
 class Model(Protocol):
@@ -28,13 +43,30 @@ class Model(Protocol):
     vocab_size: int
 
     def forward(
-        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: BatchCache, adapters: Adapters
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        positions: torch.Tensor,
+        cache: BatchCache,
+        adapters: Adapters,
+        media: Inputs | None = None,
     ) -> torch.Tensor:
         """Logits of the last column, ``[rows, vocab]``. Writes the new columns to ``cache`` but doesn't count them."""
         ...
 
 
-Forward = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, BatchCache, Adapters], torch.Tensor]
+class Forward(Protocol):
+    """What `Model.forward` is, or anything that gives a value for each row's last column."""
+
+    def __call__(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        positions: torch.Tensor,
+        cache: BatchCache,
+        adapters: Adapters,
+        media: Inputs | None = None,
+    ) -> torch.Tensor: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -44,6 +76,7 @@ class Row:
     sequence: Sequence
     state: SamplingState
     stream: object
+    media: MediaInputs | None = None
     is_suspect: bool = False
     """Was in a pass that failed: from then on it gets a batch of its own."""
 
@@ -51,6 +84,11 @@ class Row:
     def prefix(self) -> tuple[int, ...]:
         """What has to be in the cache before the next token can be drawn: also after a batch was lost."""
         return (*self.sequence.prompt_ids, *self.state.ids)
+
+    @property
+    def prompt_key(self) -> object:
+        """Equal for rows whose prefixes leave the same in the cache."""
+        return self.prefix, self.sequence.adapter, self.media and self.media.digest
 
     @property
     def reserved_tokens(self) -> int:
@@ -71,9 +109,14 @@ class Row:
 
 
 class PromptPass:
-    """Prompts of similar length, read together, a chunk of columns a call. All end at the last column."""
+    """Prompts of similar length, read together, a chunk of columns a call. All end at the last column.
 
-    def __init__(self, prompts: Rows[Prompt], layers: int, chunk_tokens: int) -> None:
+    One with ``media`` is read alone: its prompt in one pass, what was answered after it in chunks again. So a token
+    for images that the model itself wrote is no image, here as when it was drawn."""
+
+    def __init__(self, prompts: Rows[Prompt], layers: int, chunk_tokens: int, media: MediaInputs | None = None) -> None:
+        assert media is None or len(prompts) == 1
+        self._media = media
         self._adapters = [adapter for _, adapter in prompts]
         self._columns = max(len(ids) for ids, _ in prompts)
         padding = [self._columns - len(ids) for ids, _ in prompts]
@@ -84,10 +127,17 @@ class PromptPass:
     def run(self, forward: Forward) -> torch.Tensor | None:
         """Read the next chunk. After the last one: what ``forward`` gave for the last column."""
         done = self.cache.window.length
-        columns = min(self._step, self._columns - done)
+        media = self._media if done == 0 else None
+        columns = min(self._step if media is None else media.tokens, self._columns - done)
         self.cache.make_room(self._columns - done)
         mask, positions = self.cache.padding_mask(columns), self.cache.positions(columns)
-        out = forward(self._ids[:, done : done + columns], mask, positions, self.cache, self._adapters)
+        ids = self._ids[:, done : done + columns]
+        if media is None:
+            out = forward(ids, mask, positions, self.cache, self._adapters)
+        else:
+            own = positions if media.positions is None else media.positions
+            out = forward(ids, mask, own, self.cache, self._adapters, media.inputs)
+            self.cache.offsets = [media.offset]
         self.cache.advance(columns)
         return out if done + columns == self._columns else None
 
@@ -98,10 +148,11 @@ class Prefill:
     def __init__(self, rows: list[Row], model: Model, chunk_tokens: int) -> None:
         self.rows = rows
         self._model = model
-        prompts = [(row.prefix, row.sequence.adapter) for row in rows]
-        distinct = list(dict.fromkeys(prompts))
-        self._places = {id(row): distinct.index(prompt) for row, prompt in zip(rows, prompts, strict=True)}
-        self._pass = PromptPass(distinct, model.layers, chunk_tokens)
+        distinct = {row.prompt_key: row for row in rows}
+        keys = list(distinct)
+        self._places = {id(row): keys.index(row.prompt_key) for row in rows}
+        prompts = [(row.prefix, row.sequence.adapter) for row in distinct.values()]
+        self._pass = PromptPass(prompts, model.layers, chunk_tokens, rows[0].media)
 
     @property
     def cache(self) -> BatchCache:
@@ -122,13 +173,14 @@ class Prefill:
 
 def prefill_groups(rows: list[Row], key: Callable[[Row], object], model: Model, chunk_tokens: int) -> list[Prefill]:
     """``rows`` in prefills of equal keys and similar lengths, none larger than a chunk unless one prompt alone is."""
-    groups: list[tuple[object, set[Prompt], list[Row]]] = []
+    groups: list[tuple[object, set[object], list[Row]]] = []
     for row in sorted(rows, key=lambda row: len(row.prefix)):
-        prompt, own_key = (row.prefix, row.sequence.adapter), key(row)
+        prompt, own_key = row.prompt_key, key(row)
         if groups:
             last_key, prompts, members = groups[-1]
             length, shortest = len(row.prefix), len(members[0].prefix)
             fits = length <= shortest * _PADDING_ALLOWED + 8 and (len(prompts) + 1) * length <= chunk_tokens
+            fits = fits and row.media is None and members[0].media is None
             if own_key == last_key and (fits or prompt in prompts):
                 prompts.add(prompt)
                 members.append(row)

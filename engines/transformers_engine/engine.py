@@ -19,11 +19,12 @@ from tokenfleet.engines.grammar import GrammarCompiler
 from tokenfleet.engines.mailbox import Mailbox
 from tokenfleet.engines.stopping import ending_ids
 from tokenfleet.engines.support import check_supported
-from tokenfleet.engines.transformers_engine.batch import PromptPass, Row
+from tokenfleet.engines.transformers_engine.batch import MediaInputs, PromptPass, Row
 from tokenfleet.engines.transformers_engine.kv import BatchCache
 from tokenfleet.engines.transformers_engine.loading import LoadedModel, load
 from tokenfleet.engines.transformers_engine.loop import Deliveries, EngineLoop
 from tokenfleet.engines.transformers_engine.options import TransformersOptions
+from tokenfleet.engines.transformers_engine.processing import MediaProcessor
 from tokenfleet.engines.transformers_engine.sampling import SamplingState
 from tokenfleet.engines.transformers_engine.scoring import ScoreWork
 from tokenfleet.wire.errors import ConfigurationError, ContextLengthExceeded, EngineDead, EngineError, InvalidRequest
@@ -34,7 +35,8 @@ _CPU_CHUNK_TOKENS, _GPU_CHUNK_TOKENS = 128, 2048
 
 
 class TransformersEngine:
-    """A causal language model (or a reward model) of transformers, batching continuously. See `engines.base.Engine`.
+    """A language model of transformers, multimodal or not, or a reward model; batches continuously. See
+    `engines.base.Engine`.
 
     ``tokenizer`` is there once started: prompts are made and tokens are read with it above the engine."""
 
@@ -56,6 +58,11 @@ class TransformersEngine:
     def tokenizer(self) -> Any:
         """The model's `PreTrainedTokenizerBase`."""
         return self._loaded.tokenizer
+
+    @property
+    def media(self) -> MediaProcessor | None:
+        """What makes prompts of media for this model; None for a model of texts."""
+        return self._loaded.media
 
     @property
     def steps(self) -> int:
@@ -134,6 +141,7 @@ class TransformersEngine:
             vocab_size=model.vocab_size,
             adapters=model.adapters,
             can_score=model.can_score,
+            modalities=("text", *(model.media.modalities if model.media else ())),
             eos_ids=model.eos_ids,
         )
         self._loop = EngineLoop(
@@ -161,6 +169,7 @@ class TransformersEngine:
             grammar = await asyncio.to_thread(
                 self._grammars.compile, sequence.params.response_format, sequence.delivered_ids, stop_ids
             )
+        media = await asyncio.to_thread(self._media_inputs, sequence) if sequence.media else None
         mailbox = Mailbox()
         state = SamplingState(
             params=sequence.params,
@@ -170,7 +179,7 @@ class TransformersEngine:
             stop_ids=stop_ids,
             grammar=grammar,
         )
-        loop.submit(Row(sequence, state, mailbox))
+        loop.submit(Row(sequence, state, mailbox, media))
         is_over = False
         try:
             while not is_over:
@@ -206,9 +215,20 @@ class TransformersEngine:
                     f"{name} has a token id outside of the model's vocabulary (0 to {info.vocab_size - 1}).", param=name
                 )
         self._refuse_unknown_adapter(sequence.adapter)
-        if sequence.media:
-            raise InvalidRequest("This model takes text only.", code="unsupported_parameter", param="media")
+        for medium in sequence.media:
+            if medium.kind not in info.modalities:
+                raise InvalidRequest(
+                    f"This model takes no {medium.kind}.",
+                    code="unsupported_modality",
+                    hint=f"It takes: {', '.join(info.modalities)}.",
+                    param="messages",
+                )
         check_supported("transformers", params)
+
+    def _media_inputs(self, sequence: Sequence) -> MediaInputs:
+        model = self._loaded
+        assert model.media is not None
+        return model.media_inputs(sequence.prompt_ids, model.media.prepared(sequence.media))
 
     def _refuse_unknown_adapter(self, adapter: str | None) -> None:
         names = self.info.adapters

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from tokenfleet.engines.digests import folder_digest
+from tokenfleet.engines.media import MediaSettings
 from tokenfleet.engines.transformers_engine.options import TransformersOptions
 
 
@@ -23,6 +24,7 @@ def fingerprint(weights: Sequence[Path], adapters: Mapping[str, Path], dtype: st
         "dtype": dtype,
         "quantization": [options.quantization_bit, options.quantization_method],
         "rope_scaling": options.rope_scaling,
+        "media": {name: getattr(options, name) for name in MediaSettings.model_fields if not name.startswith("media_")},
         "transformers": transformers.__version__,
         # The build (+cpu, +cu130) says little about the numbers: a CPU worker may continue a GPU worker's job.
         "torch": torch.__version__.split("+")[0],

@@ -114,11 +114,13 @@ class BatchLayer(CacheLayerMixin):
 
 class BatchCache(Cache):
     """The cache of one batch. ``lengths`` are the tokens each row holds; a row whose padding is still to be computed
-    starts at minus that padding. All bookkeeping is in Python, so nothing waits for a device."""
+    starts at minus that padding. ``offsets`` are how far each row's next position lies from its length: an image of
+    Qwen-VL has many tokens and takes few positions. All bookkeeping is in Python, so nothing waits for a device."""
 
     def __init__(self, layers: int, lengths: Sequence[int] = ()) -> None:
         self.window = _Window(len(lengths))
         self.lengths = list(lengths)
+        self.offsets = [0] * len(lengths)
         super().__init__(layers=[BatchLayer(self.window) for _ in range(layers)])
 
     @staticmethod
@@ -169,6 +171,7 @@ class BatchCache(Cache):
             mine.take(theirs, index)
         window.rows += len(rows)
         self.lengths += [other.lengths[row] for row in rows]
+        self.offsets += [other.offsets[row] for row in rows]
 
     def drop(self, row: int) -> None:
         """Remove ``row``; the last row takes its place."""
@@ -178,7 +181,9 @@ class BatchCache(Cache):
             for layer in self.layers:
                 layer.move(last, row)
             self.lengths[row] = self.lengths[last]
+            self.offsets[row] = self.offsets[last]
         self.lengths.pop()
+        self.offsets.pop()
         window.rows = last
         window.start = window.stop - max(self.lengths, default=0)
 
@@ -190,7 +195,8 @@ class BatchCache(Cache):
 
     def positions(self, columns: int) -> torch.Tensor:
         """``[rows, columns]``: the place of each new token in its own row."""
-        return (torch.tensor(self.lengths)[:, None] + torch.arange(columns)[None, :]).clamp_(min=0)
+        first = torch.tensor([length + offset for length, offset in zip(self.lengths, self.offsets, strict=True)])
+        return (first[:, None] + torch.arange(columns)[None, :]).clamp_(min=0)
 
 
 def _capacity(columns: int) -> int:

@@ -10,29 +10,41 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.generation import GenerationMixin
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 from tokenfleet.engines import models
 from tokenfleet.engines.rewards import RewardHead, classifier_head, find_value_head
 from tokenfleet.engines.rope import scaled
 from tokenfleet.engines.transformers_engine.adapters import AdapterChoice, merge
 from tokenfleet.engines.transformers_engine.attention import use_grouped_sdpa
-from tokenfleet.engines.transformers_engine.batch import Forward
+from tokenfleet.engines.transformers_engine.batch import Forward, Inputs, MediaInputs
 from tokenfleet.engines.transformers_engine.fingerprint import fingerprint
 from tokenfleet.engines.transformers_engine.kv import BatchCache
 from tokenfleet.engines.transformers_engine.options import TransformersOptions
 from tokenfleet.engines.transformers_engine.packing import pack
+from tokenfleet.engines.transformers_engine.processing import MediaProcessor, Prepared, load_processor
 from tokenfleet.wire.errors import ConfigurationError
 
 _ATTENTION = {"disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "fa3": "flash_attention_3"}
 _CACHED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+_PLAIN_POSITIONS = GenerationMixin._prepare_position_ids_for_generation
 _QUANTIZERS = {"bnb": "bitsandbytes", "hqq": "hqq", "eetq": "eetq"}
 
 
 class LoadedModel:
     """Everything about a loaded model. All of its tensors belong to the engine's thread."""
 
-    def __init__(self, model: Any, tokenizer: Any, choice: AdapterChoice | None, head: RewardHead | None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        choice: AdapterChoice | None,
+        head: RewardHead | None,
+        media: MediaProcessor | None = None,
+    ) -> None:
         self.model = model
+        self.media = media
         self.tokenizer = tokenizer
         self.fingerprint = ""
         text_config = model.config.get_text_config()
@@ -50,6 +62,7 @@ class LoadedModel:
         accepted = inspect.signature(model.forward).parameters
         self._wants_positions = "position_ids" in accepted
         self._wants_last = "logits_to_keep" in accepted
+        self._accepted = frozenset(accepted)
 
     def forward(
         self,
@@ -58,9 +71,12 @@ class LoadedModel:
         positions: torch.Tensor,
         cache: BatchCache,
         adapters: Sequence[str | None],
+        media: Inputs | None = None,
     ) -> torch.Tensor:
         """Logits of the last column, ``[rows, vocab]``; the new columns are in ``cache`` but not yet counted."""
         inputs = self._inputs(ids, mask, positions, cache)
+        for name, value in (media or {}).items():
+            inputs[name] = self._moved(value)
         if self._wants_last:
             inputs["logits_to_keep"] = 1
         out = self.model(**inputs) if self._choice is None else self._choice.run(adapters, inputs)
@@ -73,6 +89,7 @@ class LoadedModel:
         positions: torch.Tensor,
         cache: BatchCache,
         adapters: Sequence[str | None],
+        media: Inputs | None = None,
     ) -> torch.Tensor:
         """The reward of the last column, ``[rows]``, all rows with the same adapter."""
         assert self._head is not None
@@ -80,6 +97,28 @@ class LoadedModel:
             self._choice.activate(adapters[0])
         out = self.model.base_model(**self._inputs(ids, mask, positions, cache))
         return self._head(out.last_hidden_state[:, -1])
+
+    def media_inputs(self, prompt_ids: Sequence[int], prepared: Prepared) -> MediaInputs:
+        """What the prompt is read with, positions included where the model has its own for images (Qwen-VL's three)."""
+        assert self.media is not None
+        types = self.media.token_types(prompt_ids)
+        inputs = dict(prepared.inputs) | {"mm_token_type_ids": types, "token_type_ids": types}
+        positions, offset = None, 0
+        if type(self.model)._prepare_position_ids_for_generation is not _PLAIN_POSITIONS:
+            ids = torch.tensor([list(prompt_ids)])
+            known = {**inputs, "attention_mask": torch.ones_like(ids)}
+            positions = self.model._prepare_position_ids_for_generation(ids, known)
+            # It leaves what it found in the model for the next step; here each row has its own.
+            # The first of four rows, where there are four, is the plain place in the text.
+            own = positions[1:] if len(positions) == 4 else positions
+            offset = int(own.max()) + 1 - len(prompt_ids)
+        accepted = {name: value for name, value in inputs.items() if name in self._accepted}
+        return MediaInputs(prepared.digest, len(prompt_ids), accepted, positions, offset)
+
+    def _moved(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(self.device, self.model.dtype) if value.is_floating_point() else value.to(self.device)
 
     @property
     def first_pass(self) -> Forward:
@@ -118,6 +157,10 @@ def load(options: TransformersOptions) -> LoadedModel:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
         _scale_rope(config, options)
+        media = None
+        if _is_multimodal(config):
+            media = load_processor(folder, tokenizer, options, trust_remote_code=options.trust_remote_code)
+            tokenizer = media.tokenizer if media else tokenizer
         model = _weights(folder, config, device, options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ConfigurationError(f"The model {_label(options)!r} can't be loaded: {error}") from error
@@ -136,14 +179,17 @@ def load(options: TransformersOptions) -> LoadedModel:
         use_grouped_sdpa(model)
     if choice is None or choice.can_mix:
         pack(model)
-    loaded = LoadedModel(model, tokenizer, choice, head)
+    loaded = LoadedModel(model, tokenizer, choice, head, media)
     loaded.fingerprint = fingerprint([folder, *merged], chosen, str(dtype), options)
     return loaded
 
 
 def _weights(folder: Path, config: Any, device: torch.device, options: TransformersOptions) -> Any:
     is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
-    kind = transformers.AutoModelForSequenceClassification if is_classifier else transformers.AutoModelForCausalLM
+    if is_classifier:
+        kind = transformers.AutoModelForSequenceClassification
+    else:
+        kind = transformers.AutoModelForMultimodalLM if _is_multimodal(config) else transformers.AutoModelForCausalLM
     more: dict[str, Any] = {}
     if options.flash_attn in _ATTENTION:
         more["attn_implementation"] = _ATTENTION[options.flash_attn]
@@ -158,6 +204,10 @@ def _weights(folder: Path, config: Any, device: torch.device, options: Transform
         trust_remote_code=options.trust_remote_code,
         **more,
     )
+
+
+def _is_multimodal(config: Any) -> bool:
+    return config.model_type in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 
 def _quantization(options: TransformersOptions) -> Any:
@@ -198,6 +248,8 @@ def _refuse_uncached(model: Any, options: TransformersOptions) -> None:
     """Models whose memory of the past is something else than keys and values per token can't join a padded batch."""
     config = model.config.get_text_config()
     foreign = set(getattr(config, "layer_types", None) or ()) - _CACHED_LAYERS
+    if getattr(config, "cross_attention_layers", None):  # Mllama keeps an image's keys there, once for all steps
+        foreign.add("cross_attention")
     is_decoder = model.can_generate() or hasattr(model, "score")
     if foreign or getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder or not is_decoder:
         what = f"it has layers of type {', '.join(sorted(foreign))}" if foreign else "it is no decoder with a KV cache"

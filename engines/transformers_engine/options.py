@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
+
+from tokenfleet.engines.media.settings import MediaSettings
 
 
 def _comma_list(value: object) -> object:
@@ -14,7 +16,7 @@ def _comma_list(value: object) -> object:
     return () if value is None else value
 
 
-class TransformersOptions(BaseModel):
+class TransformersOptions(MediaSettings):
     """Frozen; unknown names are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())

@@ -1,0 +1,208 @@
+"""A multimodal model's processor: from decoded media to the tensors and the text that the model takes for them."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from tokenfleet.engines.base import Media
+from tokenfleet.engines.media import Decoded, MediaSettings, decode
+from tokenfleet.engines.media.decoding import Recent, digest_of
+from tokenfleet.engines.media.failures import invalid
+from tokenfleet.engines.templates.expansion import Expansion
+from tokenfleet.engines.transformers_engine.frames import FramesAsImages
+from tokenfleet.wire.errors import ConfigurationError
+
+_KEPT_BYTES = 256 << 20
+_FAILURES = (ValueError, TypeError, RuntimeError, LookupError, AttributeError, NotImplementedError, ArithmeticError)
+"""What processors raise for media that they can't take: too narrow, too short, of an odd shape."""
+_PAN_AND_SCAN = {
+    "do_pan_and_scan": True,
+    "pan_and_scan_min_crop_size": 256,
+    "pan_and_scan_max_num_crops": 4,
+    "pan_and_scan_min_ratio_to_activate": 1.2,
+}  # LLaMA-Factory's; and so are these
+_TILES = {"crop_to_patches": True, "min_patches": 1, "max_patches": 12}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One request's media as the model takes them, on the CPU. Equal media have an equal ``digest``."""
+
+    digest: bytes
+    texts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By kind: what each medium is written as in the prompt."""
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(value.nbytes for value in self.inputs.values() if isinstance(value, torch.Tensor))
+
+
+class MediaProcessor:
+    """``modalities`` beside text. Its methods block (they decode): call them in a thread."""
+
+    def __init__(self, processor: Any, settings: MediaSettings) -> None:
+        self._processor = processor
+        self._settings = settings
+        self.tokenizer = processor.tokenizer
+        """With what the processor added to it: it is to be the model's."""
+        image = getattr(processor, "image_processor", None)
+        self._is_qwen = hasattr(image, "merge_size") and hasattr(image, "temporal_patch_size")
+        self.tokens = {
+            kind: token
+            for kind, part in (("image", image), ("video", _video(processor)), ("audio", _audio(processor)))
+            if part is not None and isinstance(token := getattr(processor, f"{kind}_token", None), str)
+        }
+        self.modalities = tuple(self.tokens)
+        self._recent: Recent[Prepared] = Recent(_KEPT_BYTES, lambda prepared: prepared.nbytes)
+
+    def expansion(self, media: Sequence[Media]) -> Expansion:
+        """Raises `InvalidRequest` for media that can't be decoded or that the model can't take."""
+        return Expansion(self.tokens, self.prepared(media).texts)
+
+    def prepared(self, media: Sequence[Media]) -> Prepared:
+        """Raises `InvalidRequest`."""
+        digest = digest_of(media)
+
+        def make() -> Prepared:
+            decoded = decode(media, self._settings, is_qwen=self._is_qwen)
+            try:
+                return self._prepared(digest, decoded)
+            except _FAILURES as error:
+                raise invalid(f"The model's processor can't take the media: {type(error).__name__}: {error}") from error
+
+        return self._recent.get(digest, make)
+
+    def _prepared(self, digest: bytes, decoded: Decoded) -> Prepared:
+        processor = self._processor
+        merged = processor._merge_kwargs(
+            processor.valid_processor_kwargs,
+            tokenizer_init_kwargs=getattr(processor.tokenizer, "init_kwargs", {}),
+            return_tensors="pt",
+        )
+        texts: dict[str, tuple[str, ...]] = {}
+        inputs: dict[str, Any] = {}
+        if decoded.images:
+            options = merged["images_kwargs"]
+            options |= _PAN_AND_SCAN if self._settings.image_do_pan_and_scan else {}
+            options |= _TILES if self._settings.crop_to_patches else {}
+            made, written = processor._process_images(list(decoded.images), **options)
+            inputs.update(made)
+            texts["image"] = tuple(written)
+        if decoded.videos:
+            made, written = self._videos(decoded, merged["videos_kwargs"])
+            inputs.update(made)
+            texts["video"] = tuple(written)
+        if decoded.audios:
+            options = {**merged["audio_kwargs"], "sampling_rate": self._settings.audio_sampling_rate}
+            made, written = processor._process_audio(list(decoded.audios), **options)
+            inputs.update(made)
+            texts["audio"] = tuple(written)
+        for kind, each in texts.items():
+            if not all(each):
+                raise invalid(f"An {kind} is too small for the model to see or hear anything in it.")
+        unused = {*processor.unused_input_names, "video_metadata", "num_crops"}
+        return Prepared(digest, texts, {name: value for name, value in inputs.items() if name not in unused})
+
+    def _videos(self, decoded: Decoded, options: dict[str, Any]) -> tuple[Mapping[str, Any], Sequence[str]]:
+        """Frames are sampled already, so the processor must not choose among them again."""
+        settings, processor = self._settings, self._processor
+        metadata = [
+            {
+                # LLaMA-Factory's way to tell Qwen3-VL when a frame was: numbers as if at ``video_fps``.
+                "fps": settings.video_fps,
+                "duration": video.duration_s,
+                "total_num_frames": len(video.frames),
+                "frames_indices": [index / video.source_fps * settings.video_fps for index in video.indices],
+            }
+            for video in decoded.videos
+        ]
+        more = {**options, "do_sample_frames": False, "video_metadata": metadata, "return_metadata": True}
+        made, written = processor._process_videos([list(video.frames) for video in decoded.videos], **more)
+        if "second_per_grid_ts" in made:
+            grid_frames = getattr(_video(processor), "temporal_patch_size", 2)
+            made["second_per_grid_ts"] = [grid_frames / video.fps for video in decoded.videos]
+        return made, written
+
+    def token_types(self, ids: Sequence[int]) -> torch.Tensor:
+        """``[1, tokens]``: 0 text, 1 image, 2 video, 3 audio."""
+        return torch.tensor(self._processor.create_mm_token_type_ids([list(ids)]))
+
+
+def load_processor(
+    folder: Path, tokenizer: Any, settings: MediaSettings, *, trust_remote_code: bool
+) -> MediaProcessor | None:
+    """A `MediaProcessor` for the model in ``folder``; None (and a warning that says why) where its processor can't be
+    made here, so that the model serves texts at least."""
+    if settings.use_audio_in_video:
+        raise ConfigurationError("use_audio_in_video: no model of this engine takes a video's sound.")
+    try:
+        try:
+            processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except (ImportError, AttributeError, OSError, ValueError, TypeError):
+            processor = _assembled(folder, tokenizer)
+        if not hasattr(processor, "_process_images"):
+            raise ValueError(f"{type(processor).__name__} is no processor of transformers 5")
+        made = MediaProcessor(processor, settings)
+    except (ImportError, AttributeError, OSError, ValueError, TypeError, KeyError) as error:
+        log.warning("The model's processor can't be made, so that it takes texts only: %s", error)
+        return None
+    if not made.modalities:
+        return None
+    if source := getattr(processor, "chat_template", None):
+        made.tokenizer.chat_template = source
+    return made
+
+
+def _assembled(folder: Path, tokenizer: Any) -> Any:
+    """The processor out of its parts, for want of torchvision: without that transformers makes no processor that has a
+    part for videos. Qwen's take a video's frames as images (`FramesAsImages`); others then take no video."""
+    settings, _ = transformers.ProcessorMixin.get_processor_dict(folder)
+    name = settings.get("processor_class") or _processor_class(folder)
+    base = getattr(transformers, name or "", None)
+    if base is None:
+        raise ValueError(f"transformers knows no processor {name!r}")
+
+    class Assembled(base):  # type: ignore[misc, valid-type]
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            return type(argument)
+
+    parts: dict[str, Any] = {"tokenizer": tokenizer}
+    for part in base.get_attributes():
+        if part == "image_processor":
+            parts[part] = transformers.AutoImageProcessor.from_pretrained(folder)
+        elif part == "feature_extractor":
+            parts[part] = transformers.AutoFeatureExtractor.from_pretrained(folder)
+        elif part == "video_processor":
+            parts[part] = FramesAsImages.of(folder, parts["image_processor"])
+    others = set(inspect.signature(base.__init__).parameters) - {"self", "args", "kwargs"} - parts.keys()
+    options = {key: value for key, value in settings.items() if key in others}
+    Assembled.__name__ = base.__name__
+    return Assembled(**parts, **options)
+
+
+def _processor_class(folder: Path) -> str | None:
+    """What older checkpoints say in the image processor's file."""
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    settings, _ = ImageProcessingMixin.get_image_processor_dict(folder)
+    found = settings.get("processor_class")
+    return found if isinstance(found, str) else None
+
+
+def _video(processor: Any) -> Any:
+    return getattr(processor, "video_processor", None)
+
+
+def _audio(processor: Any) -> Any:
+    return getattr(processor, "audio_processor", None) or getattr(processor, "feature_extractor", None)

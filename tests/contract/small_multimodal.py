@@ -1,0 +1,258 @@
+"""Small models that see or hear, with random weights, and files for them, all made on the spot."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers as hf
+from tokenizers import Tokenizer
+
+from tests.small_tokenizers import byte_level
+
+SPECIAL = (
+    "<image>", "<video>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+    "<|video_pad|>", "<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>", "<start_of_image>", "<end_of_image>",
+    "<image_soft_token>",
+)  # fmt: skip
+TEXT = {
+    "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 4096, "initializer_range": 0.3, "pad_token_id": 0,
+    "bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": False,
+}  # fmt: skip
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
+    "{% if p.type == 'image' %}IMAGE{% elif p.type == 'video' %}VIDEO{% elif p.type == 'audio' %}AUDIO"
+    "{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+
+
+def tokenizer(**more):
+    backend = Tokenizer.from_str(byte_level().to_str())
+    backend.add_special_tokens(list(SPECIAL))
+    return hf.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<s>", **more
+    )
+
+
+def chat(image="", video="", audio=""):
+    return CHAT.replace("IMAGE", image).replace("VIDEO", video).replace("AUDIO", audio)
+
+
+def save(family: str, folder: Path):
+    """Save a model, its tokenizer and its processor to ``folder``; gives the plain model to compare with."""
+    torch.manual_seed(7)
+    model = _MAKERS[family](folder).eval().float()
+    with torch.no_grad():  # what an image or a sound is must reach the answer
+        for name, parameter in model.named_parameters():
+            if "projector" in name or "merger" in name:
+                parameter.mul_(4) if parameter.any() else parameter.normal_(0, 0.3)
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, 1
+    model.save_pretrained(folder)
+    return model
+
+
+def _ids(tok, *tokens):
+    return [tok.convert_tokens_to_ids(token) for token in tokens]
+
+
+def _llava(folder):
+    tok = tokenizer()
+    vision = hf.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14,
+        initializer_range=0.3,
+    )  # fmt: skip
+    config = hf.LlavaConfig(
+        vision_config=vision, text_config=hf.LlamaConfig(**TEXT, vocab_size=len(tok)),
+        image_token_id=_ids(tok, "<image>")[0], vision_feature_select_strategy="default", vision_feature_layer=-1,
+    )  # fmt: skip
+    images = hf.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    hf.LlavaProcessor(
+        images, tok, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=chat(image="<image>"),
+    ).save_pretrained(folder)  # fmt: skip
+    return hf.LlavaForConditionalGeneration(config)
+
+
+def _qwen_vl(
+    folder, config_class, model_class, vision_more, text_more=None, processor_class="Qwen2VLProcessor", patch=14
+):
+    import json
+
+    tok = tokenizer()
+    image, video, start, end = _ids(tok, "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [2, 2, 2],
+        **(text_more or {}).pop("rope", {}),
+    }
+    config = config_class(
+        text_config={**TEXT, "vocab_size": len(tok), "rope_parameters": rope, **(text_more or {})},
+        vision_config={"depth": 2, "patch_size": patch, "initializer_range": 0.3, **vision_more},
+        image_token_id=image, video_token_id=video, vision_start_token_id=start, vision_end_token_id=end,
+    )  # fmt: skip
+    size = {"shortest_edge": 28 * 28, "longest_edge": 112 * 112}
+    tok.chat_template = chat(
+        image="<|vision_start|><|image_pad|><|vision_end|>", video="<|vision_start|><|video_pad|><|vision_end|>"
+    )
+    tok.save_pretrained(folder)
+    # As Qwen's checkpoints have it, and without torchvision: transformers can't make (or save) this processor here.
+    images = hf.Qwen2VLImageProcessorPil(size=size, patch_size=patch)
+    images.save_pretrained(folder)
+    path = folder / "preprocessor_config.json"
+    settings = json.loads(path.read_text()) | {"processor_class": processor_class}
+    path.write_text(json.dumps(settings))
+    return model_class(config)
+
+
+def _qwen2_vl(folder):
+    vision = {"embed_dim": 32, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 2}
+    return _qwen_vl(folder, hf.Qwen2VLConfig, hf.Qwen2VLForConditionalGeneration, vision)
+
+
+def _qwen2_5_vl(folder):
+    vision = {
+        "hidden_size": 32, "out_hidden_size": 48, "num_heads": 2, "intermediate_size": 48, "fullatt_block_indexes": [1],
+        "window_size": 56,
+    }  # fmt: skip
+    return _qwen_vl(
+        folder, hf.Qwen2_5_VLConfig, hf.Qwen2_5_VLForConditionalGeneration, vision,
+        processor_class="Qwen2_5_VLProcessor",
+    )  # fmt: skip
+
+
+def _qwen3_vl(folder):
+    vision = {
+        "hidden_size": 32, "out_hidden_size": 48, "num_heads": 2, "intermediate_size": 48,
+        "deepstack_visual_indexes": [0], "num_position_embeddings": 64,
+    }  # fmt: skip
+    return _qwen_vl(
+        folder, hf.Qwen3VLConfig, hf.Qwen3VLForConditionalGeneration, vision,
+        text_more={"head_dim": 12, "rope": {"mrope_interleaved": True}}, processor_class="Qwen3VLProcessor", patch=16,
+    )  # fmt: skip
+
+
+def _qwen2_audio(folder):
+    tok = tokenizer()
+    audio = hf.Qwen2AudioEncoderConfig(
+        num_mel_bins=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=48, d_model=32,
+        max_source_positions=100, init_std=0.3,
+    )  # fmt: skip
+    config = hf.Qwen2AudioConfig(
+        audio_config=audio, text_config=hf.Qwen2Config(**TEXT, vocab_size=len(tok)),
+        audio_token_index=_ids(tok, "<|AUDIO|>")[0],
+    )  # fmt: skip
+    features = hf.WhisperFeatureExtractor(feature_size=16, chunk_length=2)
+    hf.Qwen2AudioProcessor(
+        features, tok, chat_template=chat(audio="<|audio_bos|><|AUDIO|><|audio_eos|>")
+    ).save_pretrained(folder)
+    return hf.Qwen2AudioForConditionalGeneration(config)
+
+
+def _gemma3(folder):
+    tok = tokenizer(
+        extra_special_tokens={
+            "image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"
+        }
+    )  # fmt: skip
+    soft, boi, eoi = _ids(tok, "<image_soft_token>", "<start_of_image>", "<end_of_image>")
+    vision = hf.SiglipVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
+    )
+    text = {**TEXT, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 16}
+    config = hf.Gemma3Config(
+        vision_config=vision, text_config=hf.Gemma3TextConfig(**text, vocab_size=len(tok)), mm_tokens_per_image=4,
+        boi_token_index=boi, eoi_token_index=eoi, image_token_index=soft, image_token_id=soft,
+        initializer_range=0.3, tie_word_embeddings=False,
+    )  # fmt: skip
+    images = hf.Gemma3ImageProcessorPil(size={"height": 56, "width": 56})
+    hf.Gemma3Processor(images, tok, image_seq_length=4, chat_template=chat(image="<start_of_image>")).save_pretrained(
+        folder
+    )
+    return hf.Gemma3ForConditionalGeneration(config)
+
+
+def _llava_next(folder):
+    tok = tokenizer()
+    vision = hf.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14,
+        initializer_range=0.3,
+    )  # fmt: skip
+    grid = [[28, 56], [56, 28], [56, 56]]
+    config = hf.LlavaNextConfig(
+        vision_config=vision, text_config=hf.LlamaConfig(**TEXT, vocab_size=len(tok)), image_grid_pinpoints=grid,
+        image_token_index=_ids(tok, "<image>")[0], vision_feature_layer=-1,
+    )  # fmt: skip
+    images = hf.LlavaNextImageProcessorPil(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=grid
+    )
+    hf.LlavaNextProcessor(
+        images, tok, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=chat(image="<image>"),
+    ).save_pretrained(folder)  # fmt: skip
+    return hf.LlavaNextForConditionalGeneration(config)
+
+
+_MAKERS = {
+    "llava": _llava,
+    "llava_next": _llava_next,
+    "qwen2_vl": _qwen2_vl,
+    "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
+    "gemma3": _gemma3,
+    "qwen2_audio": _qwen2_audio,
+}
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def picture(seed: int, size=(60, 44)):
+    from PIL import Image
+
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.NEAREST)
+
+
+def image_file(seed: int, size=(60, 44), form="PNG", **options) -> bytes:
+    out = io.BytesIO()
+    picture(seed, size).save(out, form, **options)
+    return out.getvalue()
+
+
+def video_file(seed: int, frames=20, size=(64, 48), rate=10, form="mp4", codec="mpeg4") -> bytes:
+    import av
+
+    out = io.BytesIO()
+    with av.open(out, "w", format=form) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p"
+        for number in range(frames):
+            frame = av.VideoFrame.from_image(picture(seed * 1000 + number, size))
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return out.getvalue()
+
+
+def audio_file(seed: int, seconds=0.5, rate=16000, form="wav", codec="pcm_s16le") -> bytes:
+    import av
+
+    rng = np.random.default_rng(seed)
+    times = np.arange(int(seconds * rate)) / rate
+    wave = sum(np.sin(2 * np.pi * hz * times) for hz in rng.uniform(100, 4000, 3)) / 4
+    frame = av.AudioFrame.from_ndarray((wave * 32000).astype(np.int16)[None], format="s16", layout="mono")
+    frame.sample_rate = rate
+    out = io.BytesIO()
+    with av.open(out, "w", format=form) as container:
+        stream = container.add_stream(codec, rate=rate, layout="mono")
+        resampler = av.AudioResampler(format=stream.format, layout="mono", rate=rate)
+        for made in [*resampler.resample(frame), *resampler.resample(None)]:
+            container.mux(stream.encode(made))
+        container.mux(stream.encode(None))
+    return out.getvalue()
