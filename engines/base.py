@@ -42,6 +42,8 @@ class Sequence:
     eos_ids: frozenset[int] = frozenset()
     """Ids that end the choice (EOS and the template's stop tokens), unless ``params.ignore_eos``."""
     adapter: str | None = None
+    choice: int = 0
+    """Its number among the choices of its job; these have ``sequence_id``s that differ in the last part only."""
     media: tuple[Media, ...] = ()
     prompt_text: str | None = None
     """Set for multimodal prompts: the rendered text with the model's own placeholders, for engines that want it."""

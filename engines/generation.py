@@ -61,6 +61,7 @@ class GenerationJob:
             delivered_ids=self.delivered[choice].ids if choice in self.delivered else (),
             eos_ids=self.eos_ids,
             adapter=self.adapter,
+            choice=choice,
             media=self.media,
             prompt_text=self.prompt_text,
             extra={**self.extra, "attempt": self.attempt},

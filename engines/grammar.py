@@ -33,6 +33,12 @@ class TokenGrammar:
             allowed[self._other_ends] = True
         return torch.from_numpy(allowed)
 
+    def fork(self) -> TokenGrammar:
+        """Another one in the same state, that goes its own way."""
+        copy = TokenGrammar(self._matcher.deep_copy(), self._vocab_size, self._eos_id, frozenset())
+        copy._other_ends = self._other_ends
+        return copy
+
     def accept(self, token_id: int) -> None:
         """Raises `EngineError` if the token can't follow."""
         if token_id == self._eos_id or token_id in self._other_ends or self._matcher.consume_token(token_id):

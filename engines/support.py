@@ -42,10 +42,6 @@ _SGLANG_BEAMS = Refusal(
     "SGLang has no beam search.",
     "https://github.com/sgl-project/sglang/blob/main/python/sglang/srt/sampling/sampling_params.py",
 )
-_BATCH_BEAMS = Refusal(
-    "The batch makes one token a sequence and step; transformers' own continuous batching has no beams either.",
-    "https://github.com/huggingface/transformers/tree/main/src/transformers/generation/continuous_batching",
-)
 _SCRIPTED_BEAMS = Refusal("A script has nothing to search.", "engines/scripted/model.py")
 
 REFUSED: Mapping[str, Mapping[str, Refusal]] = {
@@ -54,7 +50,7 @@ REFUSED: Mapping[str, Mapping[str, Refusal]] = {
         "length_penalty": _SCRIPTED_BEAMS,
         "response_format": Refusal("Scripted words follow no grammar.", "engines/scripted/model.py"),
     },
-    "transformers": {"num_beams": _BATCH_BEAMS, "length_penalty": _BATCH_BEAMS},
+    "transformers": {},
     "vllm": {"num_beams": _VLLM_BEAMS, "length_penalty": _VLLM_BEAMS},
     "sglang": {
         "num_beams": _SGLANG_BEAMS,
@@ -71,7 +67,7 @@ CONTINUATION: Mapping[str, Mapping[str, Continuation]] = {
     # Tokens follow from (prompt, seed, index) and, with penalties, from all ids before.
     "scripted": {},
     # The draw follows from (seed, index); penalties and bars are functions of the ids so far (sampling.py), and a
-    # grammar reads the delivered ids first (grammar.py).
+    # grammar reads the delivered ids first (grammar.py). A beam search delivers all or nothing (beams.py).
     "transformers": {},
     # vLLM seeds a generator per request (vllm/v1/worker/gpu_model_runner.py). Its penalties would count the request's
     # own new ids only (vllm/v1/sample/ops/penalties.py) and its grammars start anew (vllm/v1/structured_output): a

@@ -81,6 +81,25 @@ class Row:
     """Was in a pass that failed: from then on it gets a batch of its own."""
 
     @property
+    def is_alone(self) -> bool:
+        """Has a batch of its own."""
+        return self.is_suspect
+
+    @property
+    def width(self) -> int:
+        """Rows of a cache that it takes."""
+        return 1
+
+    @property
+    def streams(self) -> tuple[object, ...]:
+        """All that get an outcome which is the same for all."""
+        return (self.stream,)
+
+    def leave(self, receivers: set[object]) -> bool:
+        """``receivers`` are gone; says whether nobody is left."""
+        return self.stream in receivers
+
+    @property
     def prefix(self) -> tuple[int, ...]:
         """What has to be in the cache before the next token can be drawn: also after a batch was lost."""
         return (*self.sequence.prompt_ids, *self.state.ids)
@@ -158,9 +177,13 @@ class Prefill:
     def cache(self) -> BatchCache:
         return self._pass.cache
 
+    def read(self) -> torch.Tensor | None:
+        """Read the next chunk. After the last one: the logits after each distinct prompt."""
+        return self._pass.run(self._model.forward)
+
     def run(self) -> list[Drawn] | None:
         """Read the next chunk. After the last one: the first token of each of ``rows``."""
-        logits = self._pass.run(self._model.forward)
+        logits = self.read()
         if logits is None:
             return None
         sampler = BatchSampler([row.state for row in self.rows], self._model.vocab_size, logits.device)

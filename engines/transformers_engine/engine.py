@@ -20,6 +20,7 @@ from tokenfleet.engines.mailbox import Mailbox
 from tokenfleet.engines.stopping import ending_ids
 from tokenfleet.engines.support import check_supported
 from tokenfleet.engines.transformers_engine.batch import MediaInputs, PromptPass, Row
+from tokenfleet.engines.transformers_engine.beams import SearchRow, check_search
 from tokenfleet.engines.transformers_engine.kv import BatchCache
 from tokenfleet.engines.transformers_engine.loading import LoadedModel, load
 from tokenfleet.engines.transformers_engine.loop import Deliveries, EngineLoop
@@ -47,6 +48,7 @@ class TransformersEngine:
         self._thread: threading.Thread | None = None
         self._info: EngineInfo | None = None
         self._is_abandoned = False
+        self._budget_tokens = 0
 
     @property
     def info(self) -> EngineInfo:
@@ -130,7 +132,9 @@ class TransformersEngine:
         context = min(options.max_context_tokens or model.context_tokens, model.context_tokens)
         bytes_per_token = _warm_up(model)
         slots = options.max_batch_size or (_CPU_SLOTS if on_cpu else _GPU_SLOTS)
-        budget = options.kv_budget_tokens or _budget_tokens(model, bytes_per_token, slots, context)
+        budget = self._budget_tokens = options.kv_budget_tokens or _budget_tokens(
+            model, bytes_per_token, slots, context
+        )
         self._info = EngineInfo(
             name="transformers",
             version=transformers.__version__,
@@ -173,13 +177,16 @@ class TransformersEngine:
         mailbox = Mailbox()
         state = SamplingState(
             params=sequence.params,
-            seed=sequence.seed if sequence.seed is not None else secrets.randbits(63),
+            seed=_seed(sequence),
             prompt_ids=sequence.prompt_ids,
             ids=list(sequence.delivered_ids),
             stop_ids=stop_ids,
             grammar=grammar,
         )
-        loop.submit(Row(sequence, state, mailbox, media))
+        if sequence.params.num_beams == 1:
+            loop.submit(Row(sequence, state, mailbox, media))
+        else:
+            loop.submit(SearchRow(sequence, state, mailbox, media, ranks={mailbox: sequence.choice}))
         is_over = False
         try:
             while not is_over:
@@ -224,6 +231,7 @@ class TransformersEngine:
                     param="messages",
                 )
         check_supported("transformers", params)
+        check_search(params, prompt_tokens + sequence.max_new_tokens, info.slots, self._budget_tokens)
 
     def _media_inputs(self, sequence: Sequence) -> MediaInputs:
         model = self._loaded
@@ -295,6 +303,12 @@ def _put_all(deliveries: Deliveries) -> None:
                 receiver.set_exception(outcome)
             case _:
                 receiver.set_result(outcome)
+
+
+def _seed(sequence: Sequence) -> int:
+    """A job's choices share a beam search, and with it the job's own seed."""
+    seeds = [sequence.seed] if sequence.params.num_beams == 1 else [sequence.params.seed, sequence.seed]
+    return next((seed for seed in seeds if seed is not None), secrets.randbits(63))
 
 
 def _already_over(sequence: Sequence) -> TokenChunk | None:

@@ -111,6 +111,14 @@ class BatchLayer(CacheLayerMixin):
         for buffer in (self.keys, self.values):
             buffer[target, :, window.start : window.stop] = buffer[source, :, window.start : window.stop]
 
+    def gather(self, rows: torch.Tensor) -> None:
+        if not self.is_initialized:
+            return
+        window = self.window
+        for buffer in (self.keys, self.values):
+            used = buffer[: window.rows, :, window.start : window.stop]
+            used.copy_(used[rows.to(buffer.device)])  # the index makes a copy first
+
 
 class BatchCache(Cache):
     """The cache of one batch. ``lengths`` are the tokens each row holds; a row whose padding is still to be computed
@@ -186,6 +194,15 @@ class BatchCache(Cache):
         self.offsets.pop()
         window.rows = last
         window.start = window.stop - max(self.lengths, default=0)
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Row i becomes what row ``rows[i]`` was, for all rows."""
+        assert len(rows) == self.window.rows
+        index = torch.tensor(rows)
+        for layer in self.layers:
+            layer.gather(index)
+        self.lengths = [self.lengths[row] for row in rows]
+        self.offsets = [self.offsets[row] for row in rows]
 
     def padding_mask(self, columns: int) -> torch.Tensor:
         """``[rows, columns so far and to come]``, 1 where there is a token: generate's ``attention_mask``."""

@@ -15,6 +15,7 @@ import torch
 
 from tokenfleet.engines.base import TokenChunk
 from tokenfleet.engines.transformers_engine.batch import Batch, Prefill, PromptPass, Row, prefill_groups
+from tokenfleet.engines.transformers_engine.beams import SearchBatch, SearchRow
 from tokenfleet.engines.transformers_engine.kv import BatchCache
 from tokenfleet.engines.transformers_engine.loading import LoadedModel
 from tokenfleet.engines.transformers_engine.sampling import Drawn
@@ -55,7 +56,7 @@ class EngineLoop:
         self._waiting: deque[Row] = deque()
         self._scoring: deque[ScoreWork] = deque()
         self._prefills: deque[Prefill] = deque()
-        self._batches: dict[object, Batch] = {}
+        self._batches: dict[object, Batch | SearchBatch] = {}
         self._out: Deliveries = []
 
     # Called from other threads.
@@ -109,24 +110,39 @@ class EngineLoop:
             arrived, self._inbox = self._inbox, []
             aborted, self._aborted = self._aborted, set()
         for work in arrived:
-            (self._waiting if isinstance(work, Row) else self._scoring).append(work)  # type: ignore[arg-type]
+            if isinstance(work, ScoreWork):
+                self._scoring.append(work)
+            elif not self._shares_a_search(work):
+                self._waiting.append(work)
         if aborted:
             self._remove(aborted)
             self._count()
         return not self._is_closing
+
+    def _shares_a_search(self, row: Row) -> bool:
+        """Choices of one job are texts of one beam search: the first to come brings it, the others ask for theirs."""
+        if not isinstance(row, SearchRow) or not row.job:
+            return False
+        known = [*self._waiting, *(one for prefill in self._prefills for one in prefill.rows)]
+        known += [one for batch in self._batches.values() for one in batch.rows]
+        for one in known:
+            if isinstance(one, SearchRow) and one.job == row.job:
+                one.ranks.update(row.ranks)
+                return True
+        return False
 
     @property
     def _has_work(self) -> bool:
         return bool(self._waiting or self._scoring or self._prefills or self._batches)
 
     def _remove(self, receivers: set[object]) -> None:
-        self._waiting = deque(row for row in self._waiting if row.stream not in receivers)
+        self._waiting = deque(row for row in self._waiting if not row.leave(receivers))
         self._scoring = deque(work for work in self._scoring if work.receiver not in receivers)
         for prefill in self._prefills:
-            prefill.rows = [row for row in prefill.rows if row.stream not in receivers]
+            prefill.rows = [row for row in prefill.rows if not row.leave(receivers)]
         self._prefills = deque(prefill for prefill in self._prefills if prefill.rows)
         for batch in self._batches.values():
-            for row in [row for row in batch.rows if row.stream in receivers]:
+            for row in [row for row in batch.rows if row.leave(receivers)]:
                 batch.leave(row)
         self._batches = {key: batch for key, batch in self._batches.items() if batch.rows}
 
@@ -151,23 +167,33 @@ class EngineLoop:
         running = [row for prefill in self._prefills for row in prefill.rows]
         running += [row for batch in self._batches.values() for row in batch.rows]
         longest = max((row.reserved_tokens for row in running), default=0)
-        while self._waiting and len(running) < self._slots:
+        width = sum(row.width for row in running)
+        while self._waiting and width + self._waiting[0].width <= self._slots:
             longest = max(longest, self._waiting[0].reserved_tokens)
-            if running and BatchCache.tokens_for(len(running) + 1, longest) > self._budget_tokens:
+            width += self._waiting[0].width
+            if (running or admitted) and BatchCache.tokens_for(width, longest) > self._budget_tokens:
                 break
-            row = self._waiting.popleft()
-            running.append(row)
-            admitted.append(row)
+            admitted.append(self._waiting.popleft())
         chunk = self._chunk_tokens if self._batches else _IDLE_CHUNKS * self._chunk_tokens
         self._prefills.extend(prefill_groups(admitted, self._key, self._model, chunk))
 
     def _run_prefill(self, prefill: Prefill) -> None:
+        first = prefill.rows[0]
+        drawn: list[Drawn] | None = None
+        search: SearchBatch | None = None
         try:
-            drawn = prefill.run()
+            if not isinstance(first, SearchRow):
+                drawn = prefill.run()
+            elif (logits := prefill.read()) is not None:
+                search = SearchBatch(first, prefill, logits, self._model)
         except Exception as error:
             self._prefills.popleft()
             self._try_apart(prefill.rows, error)
             raise
+        if search is not None:
+            self._prefills.popleft()
+            self._batches[self._key(first)] = search
+            return
         if drawn is None:
             # Others get their turn: a long prompt must not keep a short one from starting.
             self._prefills.rotate(-1)
@@ -177,6 +203,7 @@ class EngineLoop:
         if not going_on:
             return
         batch = self._batches.setdefault(self._key(going_on[0]), Batch(self._model))
+        assert isinstance(batch, Batch)
         try:
             batch.join(prefill, going_on)
         except Exception as error:
@@ -184,13 +211,18 @@ class EngineLoop:
             self._try_apart([*batch.rows, *going_on], error)
             raise
 
-    def _decode(self, batch: Batch) -> None:
+    def _decode(self, batch: Batch | SearchBatch) -> None:
         try:
             drawn = batch.decode()
         except Exception as error:
             self._forget(batch)
             self._try_apart(batch.rows, error)
             raise
+        if isinstance(batch, SearchBatch) or not isinstance(drawn, list):
+            if isinstance(drawn, dict):
+                self._out += drawn.items()
+                self._forget(batch)
+            return
         for row, token in zip(list(batch.rows), drawn, strict=True):
             if not self._emit(row, token):
                 batch.leave(row)
@@ -199,7 +231,7 @@ class EngineLoop:
 
     def _key(self, row: Row) -> object:
         """Rows with equal keys may share a batch."""
-        return row if row.is_suspect else self._model.batch_key(row.sequence.adapter)
+        return row if row.is_alone else self._model.batch_key(row.sequence.adapter)
 
     def _try_apart(self, rows: list[Row], error: Exception) -> None:
         """After a failed pass: all but whoever is to blame go on, from their prompts and the tokens they have.
@@ -216,7 +248,7 @@ class EngineLoop:
                 row.is_suspect = True
             self._prefills.extend(Prefill([row], self._model, self._chunk_tokens) for row in rows)
 
-    def _forget(self, batch: Batch) -> None:
+    def _forget(self, batch: Batch | SearchBatch) -> None:
         self._batches = {key: other for key, other in self._batches.items() if other is not batch}
 
     def _emit(self, row: Row, drawn: Drawn) -> bool:
@@ -245,7 +277,7 @@ class EngineLoop:
             self._out.append((work.receiver, outcome))
 
     def _fail(self, rows: list[Row], error: Exception) -> None:
-        self._out += [(row.stream, _translated(error)) for row in rows]
+        self._out += [(stream, _translated(error)) for row in rows for stream in row.streams]
 
     def _survive(self, error: Exception) -> None:
         """Whom a failed pass belonged to has been dealt with; find out whether the model still works at all."""
@@ -264,7 +296,7 @@ class EngineLoop:
         rows += [row for batch in self._batches.values() for row in batch.rows]
         rows += [work for work in arrived if isinstance(work, Row)]
         scoring = [*self._scoring, *(work for work in arrived if isinstance(work, ScoreWork))]
-        self._out += [(row.stream, outcome) for row in rows]
+        self._out += [(stream, outcome) for row in rows for stream in row.streams]
         gone = outcome if isinstance(outcome, EngineError) else EngineDead("The engine was closed.")
         self._out += [(work.receiver, gone) for work in scoring]
         self._waiting.clear()
@@ -274,8 +306,8 @@ class EngineLoop:
         self.running = 0
 
     def _count(self) -> None:
-        prefilling = sum(len(prefill.rows) for prefill in self._prefills)
-        self.running = prefilling + sum(len(batch.rows) for batch in self._batches.values())
+        prefilling = sum(row.width for prefill in self._prefills for row in prefill.rows)
+        self.running = prefilling + sum(row.width for batch in self._batches.values() for row in batch.rows)
 
     def _hand_out(self) -> None:
         if self._out:

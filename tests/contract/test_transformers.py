@@ -288,7 +288,7 @@ async def test_a_request_that_fails_leaves_its_neighbours_alone(tmp_path):
                 sequence([]),
                 sequence([4], logit_bias={5000: 1}),
                 sequence(prompt(600)),
-                sequence([4], num_beams=3),
+                sequence([4], num_beams=9),
             ]
             tasks = [asyncio.create_task(answer(engine, each)) for each in (*good, *bad)]
             results = await asyncio.gather(*tasks, return_exceptions=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tokenfleet.engines.support import ENGINES, REFUSED
 from tokenfleet.wire.chat import GenerationParams
 from tokenfleet.workers.settings import WorkerSettings
 
@@ -18,6 +19,18 @@ def test_every_setting_of_a_worker_is_documented() -> None:
 def test_every_generation_parameter_is_documented() -> None:
     page = (DOCS / "parameters.md").read_text()
     assert [n for n in GenerationParams.model_fields if f"`{n}`" not in page] == []
+
+
+def test_the_page_of_parameters_names_who_refuses_which() -> None:
+    for line in (DOCS / "parameters.md").read_text().splitlines():
+        if line.startswith("| `"):
+            _, param, *_, refused_by, _ = line.split("|")
+            expected = [
+                name + (f" (above {refusal.above:g})" if refusal.above else "")
+                for name in ENGINES
+                if (refusal := REFUSED[name].get(param.strip(" `")))
+            ]
+            assert refused_by.strip() == ", ".join(expected), param
 
 
 def test_links_between_pages_lead_somewhere() -> None:
