@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("PIL")
 pytest.importorskip("av")
 
+from tests import media_files as files  # noqa: E402
 from tests.contract import small_multimodal as small  # noqa: E402
 from tokenfleet.engines.base import Media, Sequence  # noqa: E402
 from tokenfleet.engines.generation import resolve_max_new_tokens  # noqa: E402
@@ -100,8 +101,8 @@ async def served(family, folder, template=None, **args):
 
 def media_of(family, *seeds):
     if family == "qwen2_audio":
-        return [Media("audio", small.audio_file(seed, seconds=0.3 + seed / 10)) for seed in seeds]
-    return [Media("image", small.image_file(seed, (60 + 20 * seed, 44))) for seed in seeds]
+        return [Media("audio", files.audio_file(seed, seconds=0.3 + seed / 10)) for seed in seeds]
+    return [Media("image", files.image_file(seed, (60 + 20 * seed, 44))) for seed in seeds]
 
 
 @pytest.mark.parametrize("family", [*IMAGES, "qwen2_audio"])
@@ -146,7 +147,7 @@ async def test_prompts_and_tensors_are_those_of_the_models_own_processor(family,
         if kind == "audio":
             given = {"audio": [sound(0.4, 1), sound(0.5, 2)], "sampling_rate": 16000}
         else:
-            given = {"images": [[small.picture(1, (80, 44)), small.picture(2, (100, 44))]]}
+            given = {"images": [[files.picture(1, (80, 44)), files.picture(2, (100, 44))]]}
         out = processor(text=[text], **given, return_tensors="pt")
         assert tuple(out["input_ids"][0].tolist()) == sequence.prompt_ids
         mine = it.engine.media.prepared(sequence.media).inputs
@@ -158,12 +159,12 @@ async def test_prompts_and_tensors_are_those_of_the_models_own_processor(family,
 def sound(seconds, seed):
     from tokenfleet.engines.media import MediaSettings, decode
 
-    return decode([Media("audio", small.audio_file(seed, seconds=seconds))], MediaSettings()).audios[0]
+    return decode([Media("audio", files.audio_file(seed, seconds=seconds))], MediaSettings()).audios[0]
 
 
 @pytest.mark.parametrize("family", VIDEOS)
 async def test_videos_are_seen(family, tmp_path):
-    videos = [Media("video", small.video_file(seed)) for seed in (1, 2)]
+    videos = [Media("video", files.video_file(seed)) for seed in (1, 2)]
     async with served(family, tmp_path, video_fps=4.0) as it:
         asked = [
             it.sequence(["video", "What happens?"], videos[:1]),
@@ -179,7 +180,7 @@ async def test_videos_are_seen(family, tmp_path):
 
 async def test_named_templates_write_what_llama_factorys_plugins_write(tmp_path):
     async with served("qwen2_vl", tmp_path / "qwen", template="qwen2_vl") as it:
-        media = [Media("image", small.image_file(1, (112, 56))), *media_of("qwen2_vl", 2)]
+        media = [Media("image", files.image_file(1, (112, 56))), *media_of("qwen2_vl", 2)]
         sequence = it.sequence(["Compare <image> with <image>.", "image", "image"], media)
         counts = [len(text) // len("<|image_pad|>") for text in it.engine.media.prepared(media).texts["image"]]
         assert counts[0] == (112 // 28) * (56 // 28)
@@ -205,9 +206,9 @@ async def test_what_can_not_be_shown_to_a_model_is_refused_and_hurts_nobody(tmp_
         good = it.sequence(["image", "What is this?"], media_of("llava", 1))
         running = asyncio.create_task(it.run(replace(good, max_new_tokens=30)))
         wrong = {
-            "corrupt": (["image"], [Media("image", small.image_file(1)[:150])]),
+            "corrupt": (["image"], [Media("image", files.image_file(1)[:150])]),
             "no picture": (["image"], [Media("image", b"hello")]),
-            "a sound as a picture": (["image"], [Media("image", small.audio_file(1))]),
+            "a sound as a picture": (["image"], [Media("image", files.audio_file(1))]),
             "fewer words": (["<image> and", "image", "image"], media_of("llava", 1, 2)),
             "more words": (["<image><image>", "image"], media_of("llava", 1)),
         }
@@ -222,7 +223,7 @@ async def test_what_can_not_be_shown_to_a_model_is_refused_and_hurts_nobody(tmp_
         steps = it.engine.steps
         for kind, data, code in (
             ("image", b"\x89PNG\r\n\x1a\nnonsense", "invalid_media"),
-            ("audio", small.audio_file(1), "unsupported_modality"),
+            ("audio", files.audio_file(1), "unsupported_modality"),
         ):
             with pytest.raises(InvalidRequest) as caught:
                 await it.run(replace(good, media=(Media(kind, data),)))

@@ -1,229 +1,284 @@
-"""Media out of messages and arguments: where they stand, what is refused, and that nothing of the caller's changes."""
+"""Decoding what anybody may send: everything is decoded as LLaMA-Factory would, or refused, in bounded memory."""
 
 from __future__ import annotations
 
-import base64
-import copy
-import hashlib
 import io
+import random
+import struct
+import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+import zlib
+from functools import cache
 
-import numpy as np
 import pytest
 
-from tests.media import mp4, padded, png, wav
-from tokenfleet.producer.media import has_media, take
-from tokenfleet.producer.media_kinds import format_of
-from tokenfleet.wire.chat import ChatRequest, MediaPart, Message, TextPart
-from tokenfleet.wire.errors import InvalidRequest
-from tokenfleet.wire.media import MediaSettings
-
-LIMITS = MediaSettings()
+np = pytest.importorskip("numpy")
+pytest.importorskip("PIL")
+av = pytest.importorskip("av")
 
 
-def ref(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+from tests.media_files import audio_file, image_file, picture, video_file  # noqa: E402
+from tokenfleet.engines.base import Media  # noqa: E402
+from tokenfleet.engines.media import MediaSettings, decode  # noqa: E402
+from tokenfleet.engines.media.videos import sample_indices  # noqa: E402
+from tokenfleet.wire.errors import InvalidRequest  # noqa: E402
+
+pytestmark = pytest.mark.unit
 
 
-def url(data: bytes, mime: str = "image/png") -> str:
-    return f"data:{mime};base64,{base64.b64encode(data).decode()}"
+def decoded(kind, data, **settings):
+    found = decode([Media(kind, data)], MediaSettings(**settings))
+    return {"image": found.images, "video": found.videos, "audio": found.audios}[kind][0]
 
 
-def shown(messages: Any, limits: MediaSettings = LIMITS, **named: Any) -> list[str]:
-    """Each message's content as one line: texts, and ``{kind:first digits of the hash}``."""
-    taken = take(messages, named, limits)
-    request = ChatRequest.model_validate({"messages": taken.messages})
-    assert {part.ref for part in request.media} >= set(taken.media)
-    assert all(hashlib.sha256(data).hexdigest() == name for name, data in taken.media.items())
-    lines = []
-    for message in request.messages:
-        parts = (TextPart(text=message.content),) if isinstance(message.content, str) else message.content or ()
-        lines.append("".join(p.text if isinstance(p, TextPart) else f"{{{p.type}:{p.ref[:6]}}}" for p in parts))
-    return lines
-
-
-def refused(messages: Any, limits: MediaSettings = LIMITS, **named: Any) -> str:
+def code_of(kind, data, **settings):
     with pytest.raises(InvalidRequest) as caught:
-        take(messages, named, limits)
-    assert caught.value.http_status == 400
+        decoded(kind, data, **settings)
     return caught.value.code
 
 
-A, B, W, V = png(1), png(2), wav(1), mp4(1)
-IMAGE_A, IMAGE_B = f"{{image:{ref(A)[:6]}}}", f"{{image:{ref(B)[:6]}}}"
-AUDIO, VIDEO = f"{{audio:{ref(W)[:6]}}}", f"{{video:{ref(V)[:6]}}}"
+# -- images -----------------------------------------------------------------------------------------------------------
 
 
-def user(content: Any) -> dict[str, Any]:
-    return {"role": "user", "content": content}
+@pytest.mark.parametrize("form", ["PNG", "BMP", "WEBP", "GIF", "JPEG"])
+def test_images_of_all_formats_are_read(form):
+    image = decoded("image", image_file(3, form=form, **({"lossless": True} if form == "WEBP" else {})))
+    assert (image.mode, image.size) == ("RGB", (60, 44))
+    if form not in {"GIF", "JPEG"}:
+        assert list(image.get_flattened_data()) == list(picture(3).get_flattened_data())
+
+
+def test_images_are_scaled_as_llama_factory_scales_them():
+    big = picture(1, (300, 200))
+    image = decoded("image", encoded(big), image_max_pixels=10_000)
+    # sqrt(10000 / 60000) of each side, cut to whole pixels, bicubic
+    assert image.size == (122, 81)
+    assert list(image.get_flattened_data()) == list(big.resize((122, 81)).get_flattened_data())
+    assert decoded("image", encoded(picture(1, (10, 5)))).size == (45, 22)  # 32 * 32 pixels at least
+    grey = decoded("image", encoded(big.convert("LA")))
+    assert (grey.mode, grey.size) == ("RGB", (300, 200))
+
+
+def test_qwens_images_have_a_least_side_and_a_largest_ratio():
+    def size(width, height):
+        return (
+            decode([Media("image", encoded(picture(1, (width, height))))], MediaSettings(), is_qwen=True).images[0].size
+        )
+
+    assert size(200, 20) == (200, 28)
+    assert size(10_000, 40) == (40 * 180, 40)
+
+
+def encoded(image, form="PNG"):
+    out = io.BytesIO()
+    image.save(out, form)
+    return out.getvalue()
+
+
+def png(width, height, *chunks, data=b""):
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + b"".join(chunk(*each) for each in chunks)
+        + chunk(b"IDAT", data)
+        + chunk(b"IEND", b"")
+    )
+
+
+def zeros(megabytes):
+    packer = zlib.compressobj(1)
+    return b"".join(packer.compress(bytes(1 << 20)) for _ in range(megabytes)) + packer.flush()
+
+
+@cache
+def hostile_images():
+    animated = io.BytesIO()
+    frames = [picture(seed) for seed in range(3)]
+    frames[0].save(animated, "GIF", save_all=True, append_images=frames[1:])
+    webp = b"RIFF" + struct.pack("<I", 30) + b"WEBPVP8X" + struct.pack("<I", 10) + b"\x02\0\0\0" + b"\xfe\x3f\0" * 2
+    bomb = zeros(200)
+    return {
+        "huge header": (png(100_000, 100_000), "media_too_large"),
+        "beyond any format": (png(2**31 - 1, 2**31 - 1), "media_too_large"),
+        "a real bomb": (png(14_000, 14_000, data=bomb), "media_too_large"),
+        "text that unpacks to 200 MB": (png(8, 8, (b"zTXt", b"key\0\0" + bomb), data=zlib.compress(bytes(200))), None),
+        "a profile that unpacks to 200 MB": (
+            png(8, 8, (b"iCCP", b"n\0\0" + bomb), data=zlib.compress(bytes(200))),
+            None,
+        ),
+        "jpeg header": (b"\xff\xd8\xff\xc0\0\x11\x08\xff\xdc\xff\xdc\x03\x01\x22\0\x02\x11\x01\x03\x11\x01", None),
+        "bmp header": (
+            b"BM" + bytes(8) + struct.pack("<IIiiHHI", 54, 40, 60_000, 60_000, 1, 24, 0) + bytes(24),
+            "media_too_large",
+        ),
+        "gif header": (b"GIF89a" + struct.pack("<HH", 65_535, 65_535) + b"\x80\0\0" + bytes(6) + b",", None),
+        "webp header": (webp, None),
+        "animated gif": (animated.getvalue(), "invalid_media"),
+        "half a png": (image_file(1)[:150], "invalid_media"),
+        "half a jpeg": (image_file(1, (400, 400), "JPEG")[:-900], "invalid_media"),
+        "text": (b"no image at all", "invalid_media"),
+        "nothing": (b"", "invalid_media"),
+        "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "invalid_media"),
+        "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "invalid_media"),
+        "tiff": (encoded(picture(1), "TIFF"), "invalid_media"),
+        "a video": (video_file(1), "invalid_media"),
+    }
+
+
+@pytest.mark.parametrize("name", list(hostile_images()))
+def test_hostile_images_are_refused(name):
+    data, code = hostile_images()[name]
+    found = code_of("image", data)
+    assert found == code if code else found in {"invalid_media", "media_too_large"}
+
+
+def test_refusing_takes_little_memory():
+    script = """
+import resource
+from tests.unit.test_media import *
+decode([Media("image", image_file(1)), Media("video", video_file(1))], MediaSettings())
+files = hostile_images()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for name, (data, _) in files.items():
+    try:
+        decode([Media("image", data)], MediaSettings())
+    except InvalidRequest:
+        pass
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=100)
+    assert int(done.stdout) < 100  # MB
+
+
+def test_bytes_are_counted_before_anything_is_read():
+    assert code_of("image", image_file(1), media_max_bytes=100) == "media_too_large"
+
+
+# -- videos -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [0.1, 1.0, 7.3, 60.0, 500.0])
+def test_frames_are_sampled_as_llama_factory_samples_them(seconds):
+    for total in (1, 2, 3, 10, 77, 128, 129, 1000, 9999):
+        count = min(total, 128, max(1, int(seconds * 2.0)))
+        expected = np.linspace(0, total - 1, count).astype(np.int32).tolist()
+        assert sample_indices(total, seconds, MediaSettings()) == expected
+    assert sample_indices(0, None, MediaSettings(video_maxlen=5)) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("form", "codec"), [("mp4", "mpeg4"), ("mp4", "h264"), ("avi", "mpeg4"), ("webm", "vp9")])
+def test_videos_are_read(form, codec):
+    video = decoded("video", video_file(2, frames=50, form=form, codec=codec), video_maxlen=20)
+    assert video.indices == ((0, 5, 10, 16, 21, 27, 32, 38, 43, 49) if form != "webm" else tuple(range(20)))
+    assert (video.fps, video.source_fps) == (2.0, 10.0)
+    assert all((frame.mode, frame.size) == ("RGB", (64, 48)) for frame in video.frames)
+    shown = np.asarray(video.frames[3], dtype=float)
+    meant = np.asarray(picture(2000 + video.indices[3], (64, 48)), dtype=float)
+    other = np.asarray(picture(2000 + video.indices[3] + 1, (64, 48)), dtype=float)
+    assert abs(shown - meant).mean() < abs(shown - other).mean() / 2
+
+
+def test_qwens_videos_have_an_even_number_of_frames():
+    video = decode([Media("video", video_file(1, frames=30))], MediaSettings(), is_qwen=True).videos[0]
+    assert len(video.frames) == len(video.indices) == 6
+    video = decode([Media("video", video_file(1, frames=25))], MediaSettings(), is_qwen=True).videos[0]
+    assert video.indices == (0, 6, 12, 18, 24, 24)
 
 
 @pytest.mark.parametrize(
-    ("messages", "named", "lines"),
+    "data",
     [
-        ("What is it?", {"images": [A]}, [f"{IMAGE_A}What is it?"]),
-        ("What is it?", {"images": [A, B]}, [f"{IMAGE_A}{IMAGE_B}What is it?"]),
-        # LLaMA-Factory puts images first, then videos before them, then audios before these.
-        ("So?", {"images": [A], "videos": [V], "audios": [W]}, [f"{AUDIO}{VIDEO}{IMAGE_A}So?"]),
-        ("<image> or <image>?", {"images": [A, B]}, [f"{IMAGE_A} or {IMAGE_B}?"]),
-        ("<image>, <audio>", {"audios": [W], "images": [A]}, [f"{IMAGE_A}, {AUDIO}"]),
-        ("<image>", {"images": A, "videos": V}, [f"{VIDEO}{IMAGE_A}"]),
-        ([user("<image>"), {"role": "assistant", "content": "Hm."}, user("and <image>?")], {"images": [A, B]},
-         [IMAGE_A, "Hm.", f"and {IMAGE_B}?"]),
-        ([{"role": "system", "content": "Be kind."}, user("Hi")], {"images": [A]}, ["Be kind.", f"{IMAGE_A}Hi"]),
-        ([user([{"type": "text", "text": "a <image> b"}])], {"images": [A]}, [f"a {IMAGE_A} b"]),
-        ([user([{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {"url": url(A)}}])], {},
-         [f"x{IMAGE_A}"]),
-        ([user([{"type": "image_url", "image_url": url(A)}, {"type": "image_url", "image_url": {"url": url(B)}}])], {},
-         [f"{IMAGE_A}{IMAGE_B}"]),
-        ([user([{"type": "input_audio", "input_audio": {"data": base64.b64encode(W).decode(), "format": "wav"}}])], {},
-         [AUDIO]),
-        ([user([{"type": "video_url", "video_url": {"url": url(V, "video/mp4")}}])], {}, [VIDEO]),
-        ([user([{"type": "file", "file": {"file_data": url(V, "video/mp4"), "filename": "v.mp4"}}])], {}, [VIDEO]),
-        ([user([{"type": "image", "image": A}, "text"])], {}, [f"{IMAGE_A}text"]),
-        ([user([{"type": "image", "ref": ref(A)}])], {}, [IMAGE_A]),
-        ([Message(role="user", content=(TextPart(text="t"), MediaPart(type="image", ref=ref(A))))], {},
-         [f"t{IMAGE_A}"]),
-        # An image elsewhere is no placeholder's; one that the caller marked twice, by part and word, is one image.
-        ([user([{"type": "image", "image": A}]), user("<image>")], {"images": [B]}, [IMAGE_A, IMAGE_B]),
-        ([user([{"type": "image", "image": A}, "<image>"])], {}, [f"{IMAGE_A}<image>"]),
-        ("Nothing of <video> is given.", {"images": [A]}, [f"{IMAGE_A}Nothing of <video> is given."]),
+        b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nfile:///etc/passwd\n",
+        b"ffconcat version 1.0\nfile /etc/passwd\n",
+        b"<?xml version='1.0'?><MPD xmlns='urn:mpeg:dash:schema:mpd:2011'/>",
+        b"v=0\r\nc=IN IP4 127.0.0.1\r\nm=video 9 RTP/AVP 96\r\n",
+        b"",
+        b"\0\0\0\x18ftypmp42",
+        video_file(1)[:700],
+        image_file(1),
+        audio_file(1),
     ],
-)  # fmt: skip
-def test_media_stand_where_the_caller_put_them(messages: Any, named: dict[str, Any], lines: list[str]) -> None:
-    before = copy.deepcopy((messages, named))
-    assert has_media(messages, named)
-    assert shown(messages, **named) == lines
-    assert (messages, named) == before, "the caller's own objects were changed"
+    ids=["hls", "concat", "dash", "sdp", "nothing", "header", "half", "image", "sound"],
+)
+def test_what_is_no_video_is_refused(data):
+    assert code_of("video", data) == "invalid_media"
 
 
 @pytest.mark.parametrize(
-    ("messages", "named", "code"),
-    [
-        ("<image>", {"images": [A, B]}, "media_mismatch"),
-        ("<image><image>", {"images": [A]}, "media_mismatch"),
-        ([user([{"type": "image", "image": A}, "<image><image>"])], {}, "media_mismatch"),
-        ((), {"images": [A], "prompt": "x"}, "media_mismatch"),
-        ("x", {"images": [W]}, "unsupported_media"),
-        ("x", {"audios": [A]}, "unsupported_media"),
-        ("x", {"images": [b"hello"]}, "unsupported_media"),
-        ("x", {"images": [b""]}, "invalid_media"),
-        ("x", {"images": [7]}, "unsupported_media"),
-        ("x", {"videos": [[[A]]]}, "unsupported_media"),
-        ("x", {"images": ["/no/such/file"]}, "invalid_media"),
-        ("x", {"images": ["/dev"]}, "invalid_media"),
-        ("x", {"images": ["a\0b"]}, "invalid_media"),
-        ("x", {"images": ["http://127.0.0.1/x.png"]}, "url_refused"),
-        ("x", {"images": ["data:image/png;base64,@@@"]}, "invalid_media"),
-        ("x", {"images": ["data:image/png;base64"]}, "invalid_media"),
-        ("x", {"images": [io.StringIO("text")]}, "invalid_media"),
-        ([user([{"type": "image_url", "image_url": {"url": "https://x/y.png"}}])], {}, "url_refused"),
-        # A stranger's text is never a path, even to a file that is there and is an image.
-        ([user([{"type": "image_url", "image_url": {"url": "/etc/passwd"}}])], {}, "invalid_media"),
-        ([user([{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}])], {}, "invalid_media"),
-        ([user([{"type": "image", "image": {"path": "/etc/passwd"}}])], {}, "unsupported_media"),
-        ([user([{"type": "image_url", "image_url": {}}])], {}, "unsupported_media"),
-        ([user([{"type": "image_url"}])], {}, "invalid_media"),
-        ([user([{"type": "input_audio", "input_audio": {"format": "wav"}}])], {}, "invalid_media"),
-        ([user([{"type": "input_audio", "input_audio": {"data": "!"}}])], {}, "invalid_media"),
-        ([user([{"type": "file", "file": {"file_data": url(b"%PDF-1.7", "application/pdf")}}])], {},
-         "unsupported_media"),
-        ([user([{"type": "file", "file": {"file_id": "file-1"}}])], {}, "unsupported_media"),
-        ([7], {"images": [A]}, "invalid_request"),
-    ],
+    "settings",
+    [{"media_max_pixels": 3000}, {"media_max_seconds": 1.9}, {"media_max_frames": 10}, {"media_timeout_s": 1e-6}],
+)
+def test_too_much_video_is_refused(settings):
+    assert code_of("video", video_file(1, frames=20), **settings) == "media_too_large"
+
+
+# -- audios -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("form", "codec", "rate"),
+    [("wav", "pcm_s16le", 16000), ("flac", "flac", 16000), ("mp3", "mp3", 16000), ("ogg", "libopus", 48000),
+     ("wav", "pcm_s16le", 44100), ("adts", "aac", 16000)],
 )  # fmt: skip
-def test_what_is_wrong_is_a_typed_error(messages: Any, named: dict[str, Any], code: str) -> None:
-    assert refused(messages, **named) == code
+def test_audios_are_read_and_resampled(form, codec, rate):
+    sound = decoded("audio", audio_file(5, seconds=1.0, rate=rate, form=form, codec=codec))
+    assert sound.dtype == np.float32
+    assert abs(len(sound) - 16000) < 2200  # lossy codecs pad
+    exact = decoded("audio", audio_file(5, seconds=1.0))
+    loudest = [np.sort(np.argsort(abs(np.fft.rfft(each, 16000)))[-3:]) for each in (sound, exact)]
+    assert abs(loudest[0] - loudest[1]).max() <= 2  # the same three tones
 
 
-def test_sources_of_every_form_are_the_same_medium(tmp_path: Path) -> None:
-    path = tmp_path / "cat.png"
-    path.write_bytes(A)
-    forms = [A, bytearray(A), memoryview(A), str(path), path, url(A), io.BytesIO(A), {"bytes": A}, {"path": str(path)}]
-    for form in forms:
-        assert shown("x", images=[form]) == [f"{IMAGE_A}x"], form
-    with path.open("rb") as file:
-        assert shown("x", images=[file]) == [f"{IMAGE_A}x"]
+def test_channels_are_averaged():
+    left, right = np.full(1600, 8000, np.int16), np.full(1600, -2000, np.int16)
+    frame = av.AudioFrame.from_ndarray(np.stack([left, right], 1).reshape(1, -1), format="s16", layout="stereo")
+    frame.sample_rate = 16000
+    out = io.BytesIO()
+    with av.open(out, "w", format="wav") as container:
+        stream = container.add_stream("pcm_s16le", rate=16000, layout="stereo")
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    assert decoded("audio", out.getvalue()).tolist() == [3000 / 32768] * 1600
 
 
-def test_a_pil_image_is_taken_by_what_it_can_do() -> None:
-    class Picture:  # as PIL.Image.Image does; Pillow need not be here
-        mode = "CMYK"
-
-        def convert(self, mode: str) -> Picture:
-            picture = Picture()
-            picture.mode = mode
-            return picture
-
-        def save(self, file: Any, form: str) -> None:
-            assert (self.mode, form) == ("RGB", "PNG")
-            file.write(A)
-
-    assert shown("x", images=[Picture()]) == [f"{IMAGE_A}x"]
+def test_what_is_no_audio_or_too_much_of_it_is_refused():
+    for data in (b"", b"RIFF\xff\xff\xff\xffWAVEfmt ", image_file(1), video_file(1), b"\xff\xfb" + bytes(50)):
+        assert code_of("audio", data) == "invalid_media"
+    assert code_of("audio", audio_file(1, seconds=2.0), media_max_seconds=1.0) == "media_too_large"
+    assert (
+        code_of("audio", audio_file(1, seconds=2.0, form="adts", codec="aac"), media_max_seconds=1.0)
+        == "media_too_large"
+    )
 
 
-def test_arrays_of_samples_become_wav_files() -> None:
-    import struct
-
-    samples = np.linspace(-1, 1, 100, dtype=np.float32)
-    for form, rate in ((samples, 16_000), ((samples, 8_000), 8_000), ((samples.astype("f8"), 48_000), 48_000)):
-        [data] = take("x", {"audios": [form]}, LIMITS).media.values()
-        assert data[:4] == b"RIFF"
-        assert struct.unpack("<I", data[4:8])[0] == len(data) - 8
-        assert struct.unpack("<HHI", data[20:28]) == (3, 1, rate)
-        assert np.array_equal(np.frombuffer(data[-400:], "<f4"), samples)
-    [data] = take("x", {"audios": (np.array([-32768, 0, 16384], np.int16), 16_000)}, LIMITS).media.values()
-    assert np.frombuffer(data[-12:], "<f4").tolist() == [-1.0, 0.0, 0.5]
+# -- anything ---------------------------------------------------------------------------------------------------------
 
 
-def test_sizes_are_bounded_before_anything_is_decoded(tmp_path: Path) -> None:
-    small = MediaSettings(inline_bytes=1000, max_request_bytes=1500, max_items=3)
-    large = padded(A, 1001)
-    (tmp_path / "large.png").write_bytes(large)
-    for form in (
-        large,
-        url(large),
-        str(tmp_path / "large.png"),
-        io.BytesIO(large),
-        "data:image/png;base64," + "!" * 2000,
-    ):
-        assert refused("x", small, images=[form]) == "media_too_large"
-    assert shown("x", small, images=[padded(A, 1000)])
-    assert refused("x", small, images=[padded(A, 900), padded(B, 900)]) == "media_too_large"
-    assert shown("x", small, images=[padded(A, 900)] * 3), "the same bytes count once"
-    assert refused("x", small, images=[A] * 4) == "media_too_large"
-    # Without end: it is read no further than allowed.
-    assert refused("x", small, images=["/dev/zero"]) == "media_too_large"
-
-
-def test_text_has_no_media() -> None:
-    for messages in (
-        "",
-        "Hi <image>",
-        [user("Hi <image>")],
-        [user([{"type": "text", "text": "x"}])],
-        [Message(role="user", content="x")],
-    ):
-        assert not has_media(messages, {"images": None, "videos": [], "temperature": 1})
-
-
-def test_formats_are_told_by_their_first_bytes() -> None:
-    assert [format_of("image", data) for data in (A, b"\xff\xd8\xff\xe0", b"GIF89a", b"RIFF....WEBPVP8 ", W, V)] == [
-        "PNG", "JPEG", "GIF", "WebP", None, None,
-    ]  # fmt: skip
-    assert [format_of("audio", data) for data in (W, b"ID3\4", b"fLaC", b"OggS", b"\xff\xfb\x90", A)] == [
-        "WAV", "MP3", "FLAC", "Ogg", "MP3", None,
-    ]  # fmt: skip
-    assert [format_of("video", data) for data in (V, b"\x1a\x45\xdf\xa3", b"RIFF....AVI ", W)] == [
-        "MP4", "WebM", "AVI", None,
-    ]  # fmt: skip
-
-
-def test_a_producer_needs_no_library_of_media() -> None:
-    import subprocess
-
-    heavy = "[n for n in ('PIL', 'numpy', 'torch', 'fastapi') if n in sys.modules]"
-    code = f"import sys, tokenfleet.producer.aio; print({heavy})"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+@pytest.mark.parametrize("kind", ["image", "video", "audio"])
+def test_damaged_files_are_decoded_or_refused(kind):
+    rng = random.Random(11)
+    whole = {
+        "image": [image_file(1, form=form) for form in ("PNG", "JPEG", "GIF", "WEBP", "BMP")],
+        "video": [video_file(1, frames=6), video_file(1, frames=6, form="matroska")],
+        "audio": [
+            audio_file(1, 0.1, form=f, codec=c) for f, c in (("wav", "pcm_s16le"), ("flac", "flac"), ("mp3", "mp3"))
+        ],
+    }[kind]
+    outcomes = []
+    for data in whole:
+        for _ in range(60):
+            damaged = bytearray(data)
+            for _ in range(rng.randint(1, 8)):
+                damaged[rng.randrange(min(len(damaged), rng.choice([40, 400, 10**6])))] = rng.randrange(256)
+            if rng.random() < 0.3:
+                del damaged[rng.randrange(len(damaged)) :]
+            try:
+                decoded(kind, bytes(damaged))
+                outcomes.append("read")
+            except InvalidRequest as error:
+                outcomes.append(error.code)
+    assert {"read", "invalid_media"} <= set(outcomes) <= {"read", "invalid_media", "media_too_large"}
