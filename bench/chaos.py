@@ -25,7 +25,7 @@ import psutil
 import redis
 
 from bench.chaos_leaks import leak_run
-from bench.chaos_report import Row, percentile, write_table
+from bench.chaos_report import Row, keep, kept, percentile, write_table
 from tests.faults.checker import Verdict
 from tests.faults.trial import Trial, running
 from tests.fleets import Fleet, Worker, wait_until
@@ -119,7 +119,7 @@ def judged(run: Run, name: str, seed: int, chances: int, **options: Any) -> Row:
         (a, b - a) for r in readings for a, b in zip(r.delta_times, r.delta_times[1:], strict=False)
     ]  # fmt: skip
     return Row(
-        name=f"{name}, seed {seed}",
+        name=name,
         chances=chances,
         streams=len(readings),
         failed=sum(1 for r in readings if r.error is not None or type(r.events[-1]).__name__ != "Finished"),
@@ -297,9 +297,11 @@ TRIALS: dict[str, Callable[[Scale, int], Row]] = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trials", nargs="*", help=f"of {', '.join(TRIALS)}, leaks; all unless named")
+    parser.add_argument("trials", nargs="*", choices=[*TRIALS, "leaks", []], help="all unless named")
     parser.add_argument("--full", action="store_true", help="200 streams x 20 kills x 3 seeds, 50,000 jobs for leaks")
     parser.add_argument("--quick", action="store_true", help="a few minutes")
+    parser.add_argument("--seed", type=int, action="append", help="these seeds only")
+    parser.add_argument("--results", type=Path, help="keep rows in this file, and write all that it has")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/reliability.md")
     args = parser.parse_args()
     scale = Scale()
@@ -309,27 +311,33 @@ def main() -> int:
     elif args.quick:
         scale = Scale(streams=16, kills=3, seeds=(1,), flood=500, leak_jobs=2000, outages=1, tokens=500)
     wanted = args.trials or [*TRIALS, "leaks"]
-    rows: list[Row] = []
-    leaks = ""
+    size = " --full" if args.full else " --quick" if args.quick else ""
+    seeds = tuple(args.seed) if args.seed else scale.seeds
+    rows, leaks = kept(args.results) if args.results else ([], "")
+    violations = 0
     for name in wanted:
         if name == "leaks":
             leaks = leak_run(scale.leak_jobs)
             print(leaks, flush=True)
+            if args.results:
+                keep(args.results, leaks)
             continue
-        for seed in scale.seeds:
+        for seed in seeds:
             started = time.monotonic()
             row = TRIALS[name](scale, seed)
+            row.command = f"python -m bench.chaos {name}{size}"
             rows.append(row)
-            print(f"{row.line()}  ({time.monotonic() - started:.0f} s)", flush=True)
+            violations += row.violations
+            if args.results:
+                keep(args.results, row)
+            print(f"{row.line()}  (seed {seed}, {time.monotonic() - started:.0f} s)", flush=True)
     stalls = [s for row in rows for s in row.stalls_s]
     if stalls:
         print(f"all stalls: n {len(stalls)}, p50 {statistics.median(stalls):.2f} s, p99 {percentile(stalls, 99):.2f} s")
     if args.write:
-        command = " ".join(["python -m bench.chaos", *sys.argv[1:]])
-        write_table(
-            DOCUMENT, rows, leaks, command, f"{psutil.cpu_count()} shared cores, Python {platform.python_version()}"
-        )
-    return 1 if any(row.violations for row in rows) else 0
+        machine = f"{time.strftime('%Y-%m-%d', time.gmtime())}, {psutil.cpu_count()} shared cores, "
+        write_table(DOCUMENT, rows, leaks, machine + f"Python {platform.python_version()}")
+    return 1 if violations else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Does the suite notice? ``python -m bench.mutants [NAME…] [--write]``.
+"""Does the suite notice? ``python -m bench.mutants [NAME…] [--results FILE] [--write]``.
 
 Each mutant is the product with one promise broken, by a patch of text, in a copy of the tree in a temporary folder.
 A few tests are run against it there: at least one must fail. ``--write`` puts the outcome into docs/reliability.md.
@@ -7,6 +7,7 @@ A few tests are run against it there: at least one must fail. ``--write`` puts t
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -187,24 +188,30 @@ def run(mutant: Mutant, limit_s: float) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*")
+    parser.add_argument("--results", type=Path, help="keep outcomes in this file, and write all that it has")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
-    outcomes: list[tuple[Mutant, str]] = []
+    outcomes: dict[str, str] = {}
+    if args.results and args.results.exists():
+        outcomes = json.loads(args.results.read_text())
     for mutant in MUTANTS:
-        if args.names and mutant.name not in args.names:
+        if (args.names and mutant.name not in args.names) or (not args.names and mutant.name in outcomes):
             continue
         started = time.monotonic()
-        outcomes.append((mutant, run(mutant, 400)))
-        print(f"{mutant.name}: {outcomes[-1][1]} ({time.monotonic() - started:.0f} s)", flush=True)
-    killed = sum(outcome.startswith("killed") for _, outcome in outcomes)
+        outcomes[mutant.name] = outcome = run(mutant, 400)
+        if args.results:
+            args.results.write_text(json.dumps(outcomes, indent=1))
+        print(f"{mutant.name}: {outcome} ({time.monotonic() - started:.0f} s)", flush=True)
+    killed = sum(outcome.startswith("killed") for outcome in outcomes.values())
     print(f"{killed} of {len(outcomes)} mutants killed")
     if args.write:
         write(outcomes)
     return 0 if killed == len(outcomes) else 1
 
 
-def write(outcomes: list[tuple[Mutant, str]]) -> None:
-    rows = "\n".join(f"| `{mutant.name}` | {mutant.promise} | {outcome} |" for mutant, outcome in outcomes)
+def write(outcomes: dict[str, str]) -> None:
+    tried = [mutant for mutant in MUTANTS if mutant.name in outcomes]
+    rows = "\n".join(f"| `{mutant.name}` | {mutant.promise} | {outcomes[mutant.name]} |" for mutant in tried)
     body = f"{BEGIN}\n| mutant | the promise it breaks | outcome |\n|---|---|---|\n{rows}\n{END}"
     text = DOCUMENT.read_text()
     if BEGIN in text:
