@@ -9,8 +9,10 @@ from collections.abc import AsyncGenerator, Coroutine, Iterable, Mapping, Sequen
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from tokenfleet.producer import deadletters
 from tokenfleet.producer.assembly import Assembly
 from tokenfleet.producer.collector import Collector, Follower, is_terminal
+from tokenfleet.producer.deadletters import DeadLetter
 from tokenfleet.producer.media import ARGUMENTS, Taken, has_media, take
 from tokenfleet.producer.media_kinds import Kind
 from tokenfleet.producer.media_sources import bytes_of
@@ -277,6 +279,18 @@ class AsyncClient:
     async def overview(self) -> Overview:
         """Models, workers, queues and memory at a glance."""
         return await overview(self.ledger)
+
+    async def dead_letters(self) -> list[DeadLetter]:
+        """The jobs that were given up because worker after worker died under them, oldest first."""
+        return await deadletters.dead_letters(self.ledger)
+
+    async def dead_letter(self, job_id: str) -> DeadLetter:
+        """A failed job with its payload. Raises `UnknownJob`, `InvalidRequest`."""
+        return await deadletters.dead_letter(self.ledger, job_id)
+
+    async def requeue(self, job_id: str) -> AsyncJob:
+        """Queue a failed job's request again, as a new job with ``retry_of``. Raises what `submit` raises."""
+        return AsyncJob(self, await deadletters.requeue(self.ledger, job_id, max_queued=self._max_queued))
 
     async def check(self) -> None:
         """Raises `FleetUnavailable` if this Redis can't hold a fleet."""

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from tokenfleet.producer.aio import AsyncClient, AsyncJob, AsyncStream, piece_of
+from tokenfleet.producer.deadletters import DeadLetter
 from tokenfleet.producer.media_kinds import Kind
 from tokenfleet.producer.overview import Overview
 from tokenfleet.wire.chat import ChatRequest, MediaPart, ScoreRequest
@@ -210,6 +211,18 @@ class Client:
     def overview(self) -> Overview:
         """Models, workers, queues and memory at a glance."""
         return self.thread.run(self.aio.overview())
+
+    def dead_letters(self) -> list[DeadLetter]:
+        """The jobs that were given up because worker after worker died under them, oldest first."""
+        return self.thread.run(self.aio.dead_letters())
+
+    def dead_letter(self, job_id: str) -> DeadLetter:
+        """A failed job with its payload. Raises `UnknownJob`, `InvalidRequest`."""
+        return self.thread.run(self.aio.dead_letter(job_id))
+
+    def requeue(self, job_id: str) -> Job:
+        """Queue a failed job's request again, as a new job with ``retry_of``. Raises what `submit` raises."""
+        return Job(self.thread, self.thread.run(self.aio.requeue(job_id)))
 
     def check(self) -> None:
         self.thread.run(self.aio.check())

@@ -42,6 +42,8 @@ class JobOptions(BaseModel):
     """An address that a gateway tells when the job has ended, signed with the tenant's secret."""
     webhook_kind: str = Field("", max_length=64)
     """What ended, in the event's words: ``chat.completion``, ``response``, ..."""
+    retry_of: str = Field("", max_length=36)
+    """The failed job whose request this is again."""
 
     @model_validator(mode="after")
     def _tags_are_small(self) -> Self:

@@ -51,16 +51,17 @@ def test_a_zombie_whose_jobs_are_long_gone_frees_its_slots(fleet: Fleet) -> None
 def test_a_worker_cut_off_from_redis_is_fenced_when_it_is_back(fleet: Fleet) -> None:
     with proxied(fleet.redis) as proxy, Trial(fleet) as trial:
         first = fleet.start_worker(salted=True, token_ms=10.0, env={"TOKENFLEET_REDIS_URL": proxy.url})
-        jobs = trial.submit_many(4, max_new_tokens=900)
+        jobs = trial.submit_many(4, max_new_tokens=500)
         trial.watch(jobs)
         trial.until_streaming(20)
-        second = fleet.start_worker(salted=True, token_ms=3.0)
+        # Slower than the first: what that one has to say when it is back would come next, were it let.
+        second = fleet.start_worker(salted=True, token_ms=20.0)
         trial.fault("partition")
         with proxy.partition():
             wait_until(lambda: len(running(second)) == 4, 20, "the second worker has all jobs")
         # All that it wrote meanwhile arrives now.
         wait_until(lambda: not running(first), 15, "the zombie's slots are free")
-        verdict = trial.judge(in_flight_tokens=900)
+        verdict = trial.judge(in_flight_tokens=500)
         assert verdict.cut_streams == 4
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from tests.faults.trial import Trial, ledger_of
 from tests.fleets import Fleet, Worker, wait_until
 from tokenfleet import Job
+from tokenfleet.cli import main
 from tokenfleet.wire.errors import JobFailed
 
 
@@ -53,7 +55,9 @@ def test_only_the_poison_among_64_neighbours_is_given_up(fleet: Fleet) -> None:
         assert 6 * 86400 < client.ttl(f"{prefix}job:{poison.id}") <= 7 * 86400
 
 
-def test_a_job_that_kills_at_a_certain_token_keeps_what_it_delivered(fleet: Fleet) -> None:
+def test_a_job_that_kills_at_a_certain_token_keeps_what_it_delivered(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """New tokens reset the strikes; then the token that kills is the first of every attempt."""
     fleet.start_worker(salted=True)
     with Trial(fleet) as trial:
@@ -65,6 +69,30 @@ def test_a_job_that_kills_at_a_certain_token_keeps_what_it_delivered(fleet: Flee
         assert sum(worker.process.poll() is not None for worker in workers) in (3, 4)
         assert ledger_of(fleet, job)["strikes"] == "3"
         assert 25 <= reading.tokens <= 30
+    monkeypatch.setenv("TOKENFLEET_REDIS_URL", fleet.redis.url)
+    monkeypatch.setenv("TOKENFLEET_FLEET", fleet.redis.fleet)
+    capsys.readouterr()
+
+    def dead(*words: str, status: int = 0) -> str:
+        assert main(["dead", *words]) == status
+        return capsys.readouterr().out
+
+    [letter] = map(json.loads, dead("list", "--json").splitlines())
+    assert (letter["job_id"], letter["code"], letter["strikes"]) == (job.id, "poison", 3)
+    assert letter["request"]["messages"][0]["content"] == "[[fault: die at 30]]"
+    assert len(letter["deaths"]) >= 3
+    assert job.id in dead("list")
+    shown = dead("show", job.id)
+    assert "[[fault: die at 30]]" in shown
+    assert shown.count("died in attempt") == len(letter["deaths"])
+    again = dead("requeue", job.id).strip()
+    assert dead("requeue", job.id).strip() == again, "twice makes one job"
+    retry = fleet.client().job(again)
+    assert retry.id != job.id
+    assert dead("list") == "", "it has been seen to"
+    assert dead("show", again, status=2) == "", "the new job has not failed"
+    assert json.loads(ledger_of(fleet, retry)["options"])["retry_of"] == job.id
+    assert retry.cancel() == "cancelled"
 
 
 def test_an_engine_that_dies_under_a_job_is_a_strike_too(fleet: Fleet) -> None:

@@ -138,8 +138,10 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(j=which, w=which, is_waiting=often, again=lost_reply)
     def claim(self, j: int, w: int, is_waiting: bool, again: bool) -> None:
         waiting = [job for job in self.model.jobs.values() if job.state == "queued" and not job.is_gone]
-        job = waiting[j % len(waiting)] if waiting and is_waiting else self.job(j)
-        worker, owner = self.worker(w), new_id()
+        self._claim(waiting[j % len(waiting)] if waiting and is_waiting else self.job(j), self.worker(w), again)
+
+    def _claim(self, job: Job, worker: str, again: bool) -> None:
+        owner = new_id()
         reply = self.same(
             lambda: claimed(self.run_script("claim", job.id, worker, owner, "claim")),
             lambda: self.model.claim(job, worker, owner), again=again,
@@ -171,6 +173,22 @@ class LedgerMachine(RuleBasedStateMachine):
         attempt.calls.append(call)
         if status == "ok":
             attempt.seq, attempt.tokens = attempt.seq + n, attempt.tokens + tokens
+
+    @rule(a=which, w=which)
+    def taken_over(self, a: int, w: int) -> None:
+        """Handed over and claimed again: its earlier attempts are zombies from here on."""
+        if owning := [x for x in self.attempts if is_running(x.job) and x.owner == x.job.owner]:
+            attempt = owning[a % len(owning)]
+            self._release(attempt, "handover", again=False)
+            self._claim(attempt.job, self.worker(w), again=False)
+
+    @rule(a=which, n=st.integers(1, 3), final=st.sampled_from(["", "", "finished"]))
+    def zombie_appends(self, a: int, n: int, final: str) -> None:
+        """While its job runs elsewhere; its next seq may well be the log's next one too."""
+        if zombies := [x for x in self.attempts if is_running(x.job) and x.owner != x.job.owner]:
+            zombie = zombies[a % len(zombies)]
+            events = tuple(json.dumps({"type": "delta", "n": next(self.numbers)}) for _ in range(n))
+            self._append(zombie, Append(zombie.seq + 1, zombie.tokens, events, final), again=False)
 
     @rule(a=which)
     def append_arrives_late(self, a: int) -> None:
@@ -207,13 +225,13 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(a=which, died=st.booleans(), again=lost_reply)
     def release(self, a: int, died: bool, again: bool) -> None:
-        if (attempt := self.attempt(a)) is None:
-            return
+        if (attempt := self.attempt(a)) is not None:
+            self._release(attempt, "died" if died else "handover", again=again)
+
+    def _release(self, attempt: Attempt, how: str, *, again: bool) -> None:
         self.same(
-            lambda: self.run_script(
-                "release", attempt.job.id, attempt.epoch, attempt.owner, "died" if died else "handover"
-            ).decode(),
-            lambda: self.model.release(attempt, died=died), again=again,
+            lambda: self.run_script("release", attempt.job.id, attempt.epoch, attempt.owner, how).decode(),
+            lambda: self.model.release(attempt, died=how == "died"), again=again,
         )  # fmt: skip
 
     @rule(w=which, error=st.integers(0, 1))
@@ -402,6 +420,10 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.client.delete(self._list(lane))  # messages of ended jobs are a worker's to throw away
         finally:
             self.channel.close()
+
+
+def is_running(job: Job) -> bool:
+    return job.state == "running" and not job.is_gone
 
 
 def claimed(reply: list[Any]) -> tuple[str, ...]:

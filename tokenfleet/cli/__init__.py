@@ -40,6 +40,7 @@ COMMANDS = {
     "watch": "Print a job's answer as it is written.",
     "status": "Tell how the fleet, or one job, is doing.",
     "cancel": "End a job, queued or running.",
+    "dead": "List, show and requeue jobs that were given up.",
     "models": "List the served models.",
     "serve": "Serve OpenAI's API on a fleet.",
     "keys": "Make, list and revoke the gateway's API keys.",
