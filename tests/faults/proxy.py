@@ -82,19 +82,17 @@ class Proxy:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # aborted transports close their sockets in the loop's next round
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._refusing:
-            writer.transport.abort()
-            return
+        pair = {writer}
+        self._writers.add(writer)
         try:
+            if self._refusing:
+                return
             to_redis, from_client = await asyncio.open_unix_connection(str(self._socket), limit=1 << 14)
-        except OSError:
-            writer.transport.abort()
-            return
-        pair = {writer, from_client}
-        self._writers |= pair
-        try:
+            pair.add(from_client)
+            self._writers.add(from_client)
             await asyncio.gather(self._pump(reader, from_client), self._pump(to_redis, writer, is_reply=True))
         except (OSError, asyncio.CancelledError):
             pass

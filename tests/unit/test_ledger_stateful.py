@@ -174,12 +174,12 @@ class LedgerMachine(RuleBasedStateMachine):
         if status == "ok":
             attempt.seq, attempt.tokens = attempt.seq + n, attempt.tokens + tokens
 
-    @rule(a=which, w=which)
-    def taken_over(self, a: int, w: int) -> None:
-        """Handed over and claimed again: its earlier attempts are zombies from here on."""
+    @rule(a=which, w=which, how=st.sampled_from(["handover", "died", "died"]))
+    def taken_over(self, a: int, w: int, how: str) -> None:
+        """Given up and claimed again: its earlier attempts are zombies from here on."""
         if owning := [x for x in self.attempts if is_running(x.job) and x.owner == x.job.owner]:
             attempt = owning[a % len(owning)]
-            self._release(attempt, "handover", again=False)
+            self._release(attempt, how, again=False)
             self._claim(attempt.job, self.worker(w), again=False)
 
     @rule(a=which, n=st.integers(1, 3), final=st.sampled_from(["", "", "finished"]))
