@@ -65,8 +65,7 @@ MUTANTS = [
     Mutant(
         "gap-not-filled", "gaps of the channel are filled from the log", "producer/collector.py",
         "self._read_log = True  # a gap: the log has what is missing", "pass",
-        faults("readers.py::test_a_frozen_reader_is_cut_off_and_catches_up",
-               "readers.py::test_connections_killed_every_200_ms"),
+        faults("readers.py::test_dropped_messages_are_read_from_the_log_at_once"),
     ),
     Mutant(
         "silent-jobs-not-asked-for", "a lost last message hangs no reader", "producer/collector.py",
@@ -120,8 +119,12 @@ MUTANTS = [
     ),
     Mutant(
         "leaving-cancels", "a shutdown hands over, it does not cancel", "workers/runtime.py",
-        "if self.is_draining or self.is_leaving():", "if False:",
+        "            await self._release(attempt)\n        async with", "            await self.ledger.cancel(attempt.claim.job_id)\n        async with",
         faults("drain.py::test_a_second_signal_hands_over_immediately"),
+    ),
+    Mutant(
+        "handover-is-a-strike", "a shutdown costs a job no strike", "wire/lua/release.lua",
+        "if ARGV[5] == 'died' then", "if true then", (STATEFUL,),
     ),
     Mutant(
         "hang-not-noticed", "a hung engine loses its lease", "workers/health.py",

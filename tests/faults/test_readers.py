@@ -87,6 +87,21 @@ def test_a_dropped_last_message_hangs_nobody(fleet: Fleet) -> None:
         assert proxy.dropped_messages >= 1, "no last message was dropped: nothing is proven"
 
 
+def test_dropped_messages_are_read_from_the_log_at_once(fleet: Fleet) -> None:
+    """In the middle of a stream: the next message shows the gap. Without that, all would wait for the job's end."""
+    fleet.start_worker(salted=True, token_ms=20.0)
+    with proxied(fleet.redis) as proxy, Trial(fleet) as trial:
+        proxy.drop_messages_with = b'"index":4'  # 4, and 40 to 49
+        deaf = Client(proxy.url, fleet=fleet.redis.fleet)
+        fleet.clients.append(deaf)
+        readings = trial.watch(trial.submit_many(4, max_new_tokens=350), "deaf", client=deaf)
+        trial.fault("dropped messages", cuts=False)
+        wait_until(lambda: all(r.tokens > 100 for r in readings), 20, "they are past the gaps")
+        assert proxy.dropped_messages >= 4, "no message was dropped: nothing is proven"
+        assert not any(r.future.done() for r in readings), "all waited for the end"
+        trial.judge(timeout_s=20)
+
+
 def test_readers_that_come_and_go_leave_nothing_behind(fleet: Fleet) -> None:
     worker = fleet.start_worker(salted=True, token_ms=5.0)
     chance = random.Random(1)

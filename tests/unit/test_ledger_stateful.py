@@ -412,6 +412,8 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.client.zadd(f"{p}due", {job.id: 1}, xx=True)
             for worker in self.hands:
                 self.run_script("bury", worker)
+            for job in self.model.jobs.values():
+                self.client.zadd(f"{p}dead", {job.id: 1}, xx=True)  # seven days pass
             self._reap(1_000)
             left = [key.decode() for key in self.client.scan_iter(f"{p}*") if self.client.pttl(key) == -1]
             names = {key.removeprefix(p) for key in left}
