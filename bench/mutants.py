@@ -119,7 +119,8 @@ MUTANTS = [
     ),
     Mutant(
         "leaving-cancels", "a shutdown hands over, it does not cancel", "workers/runtime.py",
-        "            await self._release(attempt)\n        async with", "            await self.ledger.cancel(attempt.claim.job_id)\n        async with",
+        "            await self._release(attempt)\n        async with",
+        "            await self.ledger.cancel(attempt.claim.job_id)\n        async with",
         faults("drain.py::test_a_second_signal_hands_over_immediately"),
     ),
     Mutant(

@@ -258,11 +258,22 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(j=which, is_so=rarely)
     def overdue(self, j: int, is_so: bool) -> None:
-        job = self.job(j)
-        if is_so and not job.is_ended and not job.is_gone:
+        if is_so:
+            self._make_overdue(self.job(j))
+
+    def _make_overdue(self, job: Job) -> None:
+        if not job.is_ended and not job.is_gone:
             job.is_overdue = True
             self.client.hset(self.keys.job(job.id), "deadline_ms", 1)
             self.client.zadd(f"{self.keys.prefix}deadlines", {job.id: 1})
+
+    @rule(j=which, w=which, is_so=rarely, again=lost_reply)
+    def overdue_when_its_message_comes(self, j: int, w: int, is_so: bool, again: bool) -> None:
+        """No reaper has seen it yet."""
+        waiting = [job for job in self.model.jobs.values() if job.state == "queued" and not job.is_gone]
+        if waiting and is_so:
+            self._make_overdue(waiting[j % len(waiting)])
+            self._claim(waiting[j % len(waiting)], self.worker(w), again)
 
     @rule()
     def due(self) -> None:
