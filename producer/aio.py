@@ -169,7 +169,7 @@ class AsyncClient:
         self._model = model
         self._max_queued = max_queued
         self._redis = urls.connect_async(redis_url, socket_timeout=10.0, socket_connect_timeout=3.0)
-        self.ledger = Ledger(self._redis, self.keys)
+        self.ledger = Ledger(self._redis, self.keys, replicas=urls.parse(redis_url).replicas)
         self.media = MediaStore(self._redis, self.keys, media)
         self._collecting: Collector | None = None
         self._is_checked = False

@@ -54,7 +54,7 @@ class Follower:
         self._wake = asyncio.Event()
         self._read_log = True
         self._seen = after > 0
-        self._has_read = False  # a cursor that came from elsewhere proves nothing
+        self._last: AnyEvent | None = None  # the event at the cursor; a cursor that came from elsewhere proves nothing
         self._error: Exception | None = None
         self.heard_s = time.monotonic()
 
@@ -64,13 +64,13 @@ class Follower:
         Raises `UnknownJob`, `LostState`, or `FleetUnavailable` when Redis stays away."""
         while True:
             if self._error:
-                if isinstance(self._error, LostState) and self._has_read:
+                if isinstance(self._error, LostState) and self._last is not None:
                     with contextlib.suppress(RedisError, OSError):
                         await self._ledger.lost(self.job_id, self.cursor)
                 raise self._error
             if (batch := self._from_live()) or (self._read_log and (batch := await self._from_log())):
-                self.cursor = batch[-1][0]
-                self._seen = self._has_read = True
+                self.cursor, self._last = batch[-1]
+                self._seen = True
                 return batch
             if not self._read_log and not self._live and self._error is None:
                 self._wake.clear()
@@ -87,6 +87,13 @@ class Follower:
             self._live.append((seq, events))
             self._buffered += len(events)
         self._wake.set()
+
+    def told_of(self, last_seq: int) -> None:
+        """The collector's own call: the log has, or will have, events up to this one."""
+        self.heard_s = time.monotonic()
+        if last_seq > self.cursor:
+            self._read_log = True
+            self._wake.set()
 
     def check(self, last_seq: int | None) -> None:
         """The collector's own call, with the job's last event by the ledger; None if the job is gone."""
@@ -151,11 +158,17 @@ class Follower:
         return polled.seq if polled else None
 
     async def _patiently(self) -> list[tuple[int, AnyEvent]]:
-        """Read the log, waiting out an outage of Redis."""
+        """Read the log, waiting out an outage of Redis.
+
+        Once more with the event at the cursor: a log that an outage cut may have grown again, with other text."""
+        overlap = 0 if self._last is None else 1
         until = time.monotonic() + PATIENCE_S
         while True:
             try:
-                return await self._ledger.read(self.job_id, self.cursor, BUFFER_EVENTS)
+                events = await self._ledger.read(self.job_id, self.cursor - overlap, BUFFER_EVENTS + overlap)
+                if overlap and events and events[0] != (self.cursor, self._last):
+                    raise LostState(f"Redis lost what was read of job {self.job_id}: its log says something else now.")
+                return events[overlap:]
             except (RedisError, OSError) as error:
                 if time.monotonic() > until:
                     raise FleetUnavailable(
@@ -274,7 +287,10 @@ class Collector:
                 log.warning("job %s: dropped a message that is no event", job_id)
                 return
             for follower in followers:
-                follower.hear(live.seq, live.events)
+                if self._ledger.replicas:  # said before the replicas have it: only a reason to read the log
+                    follower.told_of(live.seq + len(live.events) - 1)
+                else:
+                    follower.hear(live.seq, live.events)
 
     async def _watch(self) -> None:
         """Once a second: ask for all silent jobs, and do the fleet's housekeeping."""

@@ -10,6 +10,7 @@ from tokenfleet.wire.errors import InvalidRequest
 from tokenfleet.wire.events import Failed, decode
 from tokenfleet.wire.jobs import JobOptions, parse_request
 from tokenfleet.wire.ledger import Ledger, checked, translated, unknown
+from tokenfleet.wire.media import media_entries
 
 if TYPE_CHECKING:
     from tokenfleet.wire.chat import ChatRequest, ScoreRequest
@@ -63,11 +64,11 @@ async def requeue(ledger: Ledger, job_id: str, *, max_queued: int = 100_000) -> 
 
     Asking twice makes one job: the new id follows from the old one. Raises what `dead_letter` and submitting raise."""
     letter = await dead_letter(ledger, job_id)
-    letter.parsed()
+    entries = media_entries(letter.options.tenant, letter.parsed())
     options = letter.options.model_copy(update={"retry_of": job_id, "delay_s": 0.0})
     h = hashlib.sha256(f"retry of {job_id}".encode()).hexdigest()
     new_id = f"{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:32]}"
-    await ledger.submit(new_id, letter.model, letter.request, options, max_queued=max_queued)
+    await ledger.submit(new_id, letter.model, letter.request, options, max_queued=max_queued, media=entries)
     async with translated():
         await _db(ledger).zrem(ledger.keys.dead, job_id)
     return new_id

@@ -18,6 +18,7 @@ All begin with ``tokenfleet:<fleet>:`` but for the Celery queue lists and ``cele
 | ctl:<wid>            | channel | orders to a worker: ``cancel <id>``, ``fenced``, ``ask <n>`` | cancel, reap      |               |
 | ask:<nonce>          | string  | a question to a worker's tokenizer (`wire/asks.py`)          | gateway           | taken, 30 s   |
 | reply:<nonce>        | list    | its answer                                                   | worker            | taken, 30 s   |
+| sync                 | channel | empty; sent to learn what the replicas have (`Ledger`)       | a reader          |               |
 | models               | hash    | served models: name → JSON                                   | register          | never         |
 | queues               | set     | all queues                                                   | register          | never         |
 | dead                 | zset    | dead letters by time                                         | reap              | retention     |

@@ -139,16 +139,35 @@ async def translated() -> AsyncIterator[None]:
         raise FleetUnavailable(f"Redis refused: {error}", code="redis_error") from error
 
 
-class Ledger:
-    """``client`` must decode nothing (bytes out). Methods raise redis-py's exceptions unless they say otherwise."""
+REPLICATION_MS = 1000
+"""How long one call waits for replicas."""
 
-    def __init__(self, client: redis.asyncio.Redis, keys: Keys) -> None:
+
+class Ledger:
+    """``client`` must decode nothing (bytes out). Methods raise redis-py's exceptions unless they say otherwise.
+
+    ``replicas``: `submit`, `append` and `read` return only once so many replicas of Redis have what they wrote or read,
+    so that a failover takes back nothing that a caller has seen. Each costs a round trip to the replicas."""
+
+    def __init__(self, client: redis.asyncio.Redis, keys: Keys, *, replicas: int = 0) -> None:
         self.client = client
         self.keys = keys
+        self.replicas = replicas
         self._db: Any = client  # redis-py's annotations can't tell a client that decodes from one that doesn't
 
     async def _run(self, name: scripts.Name, *args: scripts.Arg) -> Any:
         return await scripts.run(self.client, name, self.keys.prefix, *args)
+
+    async def _run_durably(self, name: scripts.Name, *args: scripts.Arg) -> Any:
+        """Raises a `RedisConnectionError` if it is done but not yet safe: the same again is a no-op."""
+        if not self.replicas:
+            return await self._run(name, *args)
+        reply, has_it = await scripts.run_then_wait(
+            self.client, name, self.replicas, REPLICATION_MS, self.keys.prefix, *args
+        )
+        if has_it < self.replicas:
+            raise RedisConnectionError(f"{has_it} of {self.replicas} replicas have what was written")
+        return reply
 
     async def submit(
         self,
@@ -184,7 +203,7 @@ class Ledger:
         if media:
             pairs += ["media", " ".join(dict.fromkeys(media))]
         async with translated():
-            reply = await self._run(
+            reply = await self._run_durably(
                 "submit",
                 job_id,
                 digest(model, request, options),
@@ -257,7 +276,7 @@ class Ledger:
     async def append(self, batches: Sequence[Batch]) -> list[AppendStatus]:
         """Write events of many jobs in one call, and end those with a ``final`` state."""
         args = [arg for batch in batches for arg in batch.args()]
-        return [status.decode() for status in await self._run("append", len(batches), *args)]
+        return [status.decode() for status in await self._run_durably("append", len(batches), *args)]
 
     async def cancel(self, job_id: str, reason: str = "") -> State:
         """End a queued or running job. Returns the state it is in now. Raises `UnknownJob`, `FleetUnavailable`."""
@@ -331,11 +350,24 @@ class Ledger:
 
     async def read(self, job_id: str, after: int, count: int = 1000) -> list[tuple[int, AnyEvent]]:
         """Events after the cursor ``after``, in order. Raises `LostState` for an entry that can't be read."""
-        entries = await self._db.xrange(self.keys.log(job_id), min=f"{after + 1}-0", count=count)
+        entries = await self._entries(job_id, after, count)
         try:
             return [(int(entry_id.split(b"-")[0]), decode(fields[b"e"])) for entry_id, fields in entries]
         except (msgspec.DecodeError, KeyError, ValueError) as error:
             raise LostState(f"The log of job {job_id} holds something that is no event.") from error
+
+    async def _entries(self, job_id: str, after: int, count: int) -> Any:
+        if not self.replicas:
+            return await self._db.xrange(self.keys.log(job_id), min=f"{after + 1}-0", count=count)
+        pipe = self._db.pipeline(transaction=False)
+        pipe.xrange(self.keys.log(job_id), min=f"{after + 1}-0", count=count)
+        # Replication is one stream: who has a message sent after the read has all that was read. A message, since a
+        # full Redis takes those too.
+        pipe.publish(f"{self.keys.prefix}sync", b"")
+        entries, _, has_it = await pipe.execute_command("WAIT", self.replicas, REPLICATION_MS).execute()
+        if has_it < self.replicas:
+            raise RedisConnectionError(f"{has_it} of {self.replicas} replicas have what was read")
+        return entries
 
     async def models(self) -> dict[str, ServedModel]:
         async with translated():

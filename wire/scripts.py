@@ -40,6 +40,23 @@ async def run(client: redis.asyncio.Redis, name: Name, *args: Arg) -> Any:
         return await client.execute_command("EVAL", text, 0, *args)  # type: ignore[no-untyped-call]
 
 
+async def run_then_wait(
+    client: redis.asyncio.Redis, name: Name, replicas: int, timeout_ms: int, *args: Arg
+) -> tuple[Any, int]:
+    """Run one script, then WAIT on the same connection. Returns its reply, and how many replicas have what it wrote."""
+    text, sha = _source(name)
+    for command in (("EVALSHA", sha), ("EVAL", text)):
+        pipe: Any = client.pipeline(transaction=False)
+        pipe.execute_command(*command, 0, *args).execute_command("WAIT", replicas, timeout_ms)
+        reply, has_it = await pipe.execute(raise_on_error=False)
+        if not isinstance(reply, redis.exceptions.NoScriptError):
+            break
+    for each in (reply, has_it):
+        if isinstance(each, Exception):
+            raise each
+    return reply, int(has_it)
+
+
 def run_blocking(client: redis.Redis, name: Name, *args: Arg) -> Any:
     """`run` for a thread of its own."""
     text, sha = _source(name)

@@ -11,6 +11,8 @@ what a user gives (canonical)           for redis-py                            
 ======================================  ===============================================  ===========================
 
 Celery's own spellings are understood too, so a URL out of a ``celeryconfig.py`` works everywhere.
+
+``?replicas=N`` in a client's URL: what it submits and what it reads counts only once N replicas of Redis have it.
 """
 
 from __future__ import annotations
@@ -41,10 +43,15 @@ class RedisAddress:
     password: str = field(default="", repr=False)
     master_name: str = ""
     options: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    replicas: int = 0
+    """How many replicas must have what a client submits or reads (`Ledger`)."""
 
     def url(self) -> str:
         """The canonical URL, which `parse` reads back to an equal address."""
-        query = list(self.options)
+        return self._url([("replicas", str(self.replicas))] if self.replicas else [])
+
+    def _url(self, more: list[tuple[str, str]]) -> str:
+        query = [*self.options, *more]
         if self.scheme == "unix":
             return f"unix://{self._login()}{quote(self.path)}{_query([('db', str(self.db)), *query])}"
         if self.scheme == "sentinel":
@@ -55,7 +62,7 @@ class RedisAddress:
         """What ``redis.Redis.from_url`` takes. Raises `ConfigurationError` for a Sentinel, which has no such URL."""
         if self.scheme == "sentinel":
             raise ConfigurationError("redis-py has no URL for a Sentinel.", hint="Use tokenfleet.wire.urls.connect.")
-        return self.url()
+        return self._url([])
 
     def for_celery(self) -> str:
         """What Celery takes as ``broker_url`` and ``result_backend``; see `celery_transport_options` too."""
@@ -84,6 +91,7 @@ class RedisAddress:
             "***" if self.password else "",
             self.master_name,
             tuple((name, "***" if "password" in name else value) for name, value in self.options),
+            self.replicas,
         )
         return hidden.url().replace(quote("***", safe=""), "***")
 
@@ -109,7 +117,8 @@ def parse(url: str) -> RedisAddress:
     login, _, netloc = parts.netloc.rpartition("@")
     username, _, password = login.partition(":")
     query = dict(parse_qsl(parts.query))
-    common = {"username": unquote(username), "password": unquote(password)}
+    replicas = _count(query.pop("replicas", "0"), "number of replicas")
+    common: dict[str, Any] = {"username": unquote(username), "password": unquote(password), "replicas": replicas}
     if scheme == "unix":
         if netloc or not parts.path.strip("/"):
             raise ConfigurationError("A unix:// URL needs an absolute path.", hint=_HINT)
@@ -219,6 +228,10 @@ def _split(rest: str) -> SplitResult:
 
 
 def _db(text: str) -> int:
+    return _count(text, "database")
+
+
+def _count(text: str, what: str) -> int:
     if not text.isdecimal() or len(text) > 6:
-        raise ConfigurationError("The Redis URL's database is not a number.", hint=_HINT)
+        raise ConfigurationError(f"The Redis URL's {what} is not a number.", hint=_HINT)
     return int(text)

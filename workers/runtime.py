@@ -20,6 +20,7 @@ from redis.exceptions import RedisError
 
 from tokenfleet.engines.base import Media
 from tokenfleet.engines.generation import generate_deltas
+from tokenfleet.wire import urls
 from tokenfleet.wire.chat import ChatRequest, ScoreRequest
 from tokenfleet.wire.errors import (
     EngineDead,
@@ -95,7 +96,7 @@ class Runtime:
         self._giving: set[asyncio.Future[None]] = set()
         self.ledger = Ledger(self._client, self.keys)
         self.media = MediaStore(self._client, self.keys, MediaSettings(folder=settings.media_folder))
-        self.publisher = Publisher(Ledger(connect(), self.keys))
+        self.publisher = Publisher(Ledger(connect(), self.keys, replicas=urls.parse(settings.redis_url).replicas))
         guardian = Guardian(settings.redis_url, settings.fleet)
         self.lease = Lease(connect_blocking, self.keys, settings.lease, self, guardian)
         self._room = asyncio.Condition()

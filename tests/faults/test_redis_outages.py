@@ -7,9 +7,11 @@ import time
 import pytest
 import redis
 
+from tests.faults.proxy import proxied
 from tests.faults.trial import Trial, ledger_of, running
-from tests.fleets import Fleet, wait_until
+from tests.fleets import Fleet, Worker, wait_until
 from tests.servers import RedisServer, new_fleet_name, running_server
+from tokenfleet import Client
 from tokenfleet.wire.errors import LostState, Overloaded
 from tokenfleet.wire.keys import Keys
 
@@ -137,14 +139,7 @@ def test_power_loss_with_everysec_loses_a_second_and_says_so(fleet: Fleet) -> No
         trial.watch(jobs)
         trial.until_streaming(60)
         trial.fault("power loss", cuts=False)
-        fleet.redis.kill9()
-        worker.kill_group()
-        worker.wait()
-        [log] = (fleet.redis.server.data_folder / "appendonlydir").glob("*.incr.aof")
-        size = log.stat().st_size
-        with log.open("r+b") as file:
-            file.truncate(size * 2 // 3)
-        fleet.redis.restart()
+        lose_the_end(fleet, worker)
         fleet.start_worker(salted=True, token_ms=1.0)
         trial.until_over(60)
         assert all(isinstance(reading.error, LostState) for reading in trial.readings)
@@ -152,6 +147,39 @@ def test_power_loss_with_everysec_loses_a_second_and_says_so(fleet: Fleet) -> No
             with pytest.raises(LostState):
                 job.result(20)
         assert {ledger_of(fleet, job)["state"] for job in jobs} == {"failed"}
+
+
+def test_a_reader_that_was_away_while_a_shorter_log_grew_again(fleet: Fleet) -> None:
+    """Its cursor fits the log, which has other text there by now: it must not get it."""
+    worker = fleet.start_worker(salted=True, token_ms=10.0)
+    with proxied(fleet.redis) as proxy, Trial(fleet) as trial:
+        away = Client(proxy.url, fleet=fleet.redis.fleet)
+        fleet.clients.append(away)
+        jobs = trial.submit_many(4, max_new_tokens=1000)
+        readings = trial.watch(jobs, "away", client=away)
+        trial.until_streaming(60)
+        trial.fault("power loss", cuts=False)
+        with proxy.refusal():
+            lose_the_end(fleet, worker)
+            fleet.start_worker(salted=True, token_ms=1.0)
+            wait_until(lambda: all(ledger_of(fleet, job)["state"] == "finished" for job in jobs), 30, "all go on")
+            read = [len(reading.events) for reading in readings]
+            assert all(int(ledger_of(fleet, job)["seq"]) > n for job, n in zip(jobs, read, strict=True))
+        trial.until_over(30)
+        assert all(isinstance(reading.error, LostState) for reading in readings)
+        assert [len(reading.events) for reading in readings] == read, "it was given what stands there now"
+
+
+def lose_the_end(fleet: Fleet, worker: Worker) -> None:
+    """Redis and the worker die at once, and the last third of the append-only file is not on the disk."""
+    fleet.redis.kill9()
+    worker.kill_group()
+    worker.wait()
+    [log] = (fleet.redis.server.data_folder / "appendonlydir").glob("*.incr.aof")
+    size = log.stat().st_size
+    with log.open("r+b") as file:
+        file.truncate(size * 2 // 3)
+    fleet.redis.restart()
 
 
 def test_a_full_redis_refuses_new_jobs_and_finishes_running_ones(tmp_path_factory: pytest.TempPathFactory) -> None:
