@@ -24,11 +24,13 @@ from typing import Any
 import psutil
 import redis
 
+from bench.chaos_failover import wait_cost
 from bench.chaos_leaks import leak_run
 from bench.chaos_report import Row, keep, kept, percentile, write_table
 from tests.faults.checker import Verdict
-from tests.faults.trial import Trial, running
+from tests.faults.trial import Trial, aborted, running
 from tests.fleets import Fleet, Worker, wait_until
+from tests.sentinels import replicated
 from tests.servers import RedisServer, new_fleet_name, running_server
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "reliability.md"
@@ -84,19 +86,28 @@ class Run:
 @contextmanager
 def streaming(scale: Scale, seed: int) -> Iterator[Run]:
     """All streams running on two workers."""
-    with running_server() as server, tempfile.TemporaryDirectory(prefix="tf-chaos-") as folder:
-        fleet = Fleet(RedisServer(server, new_fleet_name()), Path(folder))
-        try:
-            with Trial(fleet) as trial:
-                run = Run(fleet, trial, scale, random.Random(seed))
-                workers = [run.start(wait=False) for _ in range(2)]
-                for worker in workers:
-                    run.wait_ready(worker)
-                trial.watch(trial.submit_many(scale.streams, max_new_tokens=scale.tokens))
-                trial.until_streaming(5)
-                yield run
-        finally:
-            fleet.close()
+    with (
+        running_server() as server,
+        tempfile.TemporaryDirectory(prefix="tf-chaos-") as folder,
+        streaming_on(RedisServer(server, new_fleet_name()), Path(folder), scale, seed) as run,
+    ):
+        yield run
+
+
+@contextmanager
+def streaming_on(server: Any, folder: Path, scale: Scale, seed: int) -> Iterator[Run]:
+    fleet = Fleet(server, folder)
+    try:
+        with Trial(fleet) as trial:
+            run = Run(fleet, trial, scale, random.Random(seed))
+            workers = [run.start(wait=False) for _ in range(2)]
+            for worker in workers:
+                run.wait_ready(worker)
+            trial.watch(trial.submit_many(scale.streams, max_new_tokens=scale.tokens))
+            trial.until_streaming(5)
+            yield run
+    finally:
+        fleet.close()
 
 
 def judged(run: Run, name: str, seed: int, chances: int, **options: Any) -> Row:
@@ -169,6 +180,7 @@ def _guards(process: psutil.Process, pid: int) -> bool:
 
 def zombies(scale: Scale, seed: int) -> Row:
     """Frozen beyond its lease, then back."""
+    freed_s = []
     with streaming(scale, seed) as run:
         for _ in range(scale.outages):
             victim = run.busiest()
@@ -176,9 +188,13 @@ def zombies(scale: Scale, seed: int) -> Row:
             victim.kill_group(signal.SIGSTOP)
             run.pause(5.0, 6.0)
             victim.kill_group(signal.SIGCONT)
+            back = time.monotonic()
             wait_until(lambda victim=victim: not running(victim), 10, "the zombie's slots are free")
+            freed_s.append(time.monotonic() - back)
             run.pause(1.0, 2.0)
-        return judged(run, "a worker frozen for 5 s, then back", seed, scale.streams * scale.outages)
+        row = judged(run, "a worker frozen for 5 s, then back", seed, scale.streams * scale.outages)
+        row.notes = row.notes or f"all its slots free {', '.join(f'{s:.2f}' for s in freed_s)} s after it woke"
+        return row
 
 
 def rolling(scale: Scale, seed: int) -> Row:
@@ -263,6 +279,25 @@ def redis_empty(scale: Scale, seed: int) -> Row:
         return row
 
 
+def cancels(scale: Scale, seed: int) -> Row:
+    """One after the other, while all stream: how long until the engine's slot is free?"""
+    with streaming(scale, seed) as run:
+        freed_s = []
+        for reading in run.trial.readings:
+            before, began = sum(map(aborted, run.fleet.workers)), time.monotonic()
+            reading.job.cancel()
+            wait_until(lambda before=before: sum(map(aborted, run.fleet.workers)) > before, 10, "a free slot")
+            freed_s.append(time.monotonic() - began)
+        run.fault("cancels", cuts=False)
+        row = judged(run, "cancel of running jobs", seed, scale.streams)
+        row.recoveries_s = freed_s
+        row.failed = sum(type(r.events[-1]).__name__ != "Cancelled" for r in run.trial.readings)
+        row.notes = row.notes or (
+            f"slot free: p50 {percentile(freed_s, 50):.3f} s, p99 {percentile(freed_s, 99):.3f} s; success: cancelled"
+        )
+        return row
+
+
 def flood(scale: Scale, seed: int) -> Row:
     """More jobs than the queue takes, as fast as one client can; with a kill in the middle."""
     small = Scale(streams=1, token_ms=1.0, tokens=20)
@@ -290,14 +325,53 @@ def flood(scale: Scale, seed: int) -> Row:
         return row
 
 
+def failover(scale: Scale, seed: int, replicas: int = 0) -> Row:
+    """SIGKILL of the master; real sentinels make a replica the master."""
+    options = {"replicas": 2, "min_replicas_to_write": "1"} if replicas else {"replicas": 1}
+    with replicated(new_fleet_name(), **options) as cluster, tempfile.TemporaryDirectory(prefix="tf-chaos-") as folder:
+        cluster.replicas = replicas
+        with streaming_on(cluster, Path(folder), scale, seed) as run:
+            run.fault("failover", cuts=False)
+            cluster.kill_master()
+            went_on = _until_all_go_on(run)
+            name = "Sentinel failover, `replicas=1`" if replicas else "Sentinel failover, replication not waited for"
+            row = judged(run, name, seed, scale.streams)
+            row.recoveries_s = [went_on]
+            lost = sum(reading.error is not None for reading in run.trial.readings)
+            row.notes = row.notes or f"{lost} `lost_state`; down-after 1 s"
+            return row
+
+
+def failover_wait(scale: Scale, seed: int) -> Row:
+    """The same, with a replica waited for."""
+    return failover(scale, seed, replicas=1)
+
+
 TRIALS: dict[str, Callable[[Scale, int], Row]] = {
-    f.__name__: f for f in (kills, lease_kills, zombies, rolling, redis_restarts, redis_away, redis_empty, flood)
+    f.__name__: f
+    for f in (
+        kills,
+        lease_kills,
+        zombies,
+        rolling,
+        redis_restarts,
+        redis_away,
+        redis_empty,
+        failover,
+        failover_wait,
+        cancels,
+        flood,
+    )
+}
+TEXTS: dict[str, Callable[[Scale], str]] = {
+    "wait_cost": lambda scale: wait_cost(),
+    "leaks": lambda scale: leak_run(scale.leak_jobs),
 }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("trials", nargs="*", choices=[*TRIALS, "leaks", []], help="all unless named")
+    parser.add_argument("trials", nargs="*", choices=[*TRIALS, *TEXTS, []], help="all unless named")
     parser.add_argument("--full", action="store_true", help="200 streams x 20 kills x 3 seeds, 50,000 jobs for leaks")
     parser.add_argument("--quick", action="store_true", help="a few minutes")
     parser.add_argument("--seed", type=int, action="append", help="these seeds only")
@@ -310,17 +384,17 @@ def main() -> int:
                       leak_jobs=50_000, outages=5)  # fmt: skip
     elif args.quick:
         scale = Scale(streams=16, kills=3, seeds=(1,), flood=500, leak_jobs=2000, outages=1, tokens=500)
-    wanted = args.trials or [*TRIALS, "leaks"]
+    wanted = args.trials or [*TRIALS, *TEXTS]
     size = " --full" if args.full else " --quick" if args.quick else ""
     seeds = tuple(args.seed) if args.seed else scale.seeds
-    rows, leaks = kept(args.results) if args.results else ([], "")
+    rows, texts = kept(args.results) if args.results else ([], [])
     violations = 0
     for name in wanted:
-        if name == "leaks":
-            leaks = leak_run(scale.leak_jobs)
-            print(leaks, flush=True)
+        if name in TEXTS:
+            texts.append(TEXTS[name](scale))
+            print(texts[-1], flush=True)
             if args.results:
-                keep(args.results, leaks)
+                keep(args.results, texts[-1])
             continue
         for seed in seeds:
             started = time.monotonic()
@@ -336,7 +410,7 @@ def main() -> int:
         print(f"all stalls: n {len(stalls)}, p50 {statistics.median(stalls):.2f} s, p99 {percentile(stalls, 99):.2f} s")
     if args.write:
         machine = f"{time.strftime('%Y-%m-%d', time.gmtime())}, {psutil.cpu_count()} shared cores, "
-        write_table(DOCUMENT, rows, leaks, machine + f"Python {platform.python_version()}")
+        write_table(DOCUMENT, rows, texts, machine + f"Python {platform.python_version()}")
     return 1 if violations else 0
 
 

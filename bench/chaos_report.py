@@ -98,13 +98,13 @@ def keep(file: Path, entry: Row | str) -> None:
         results.write(json.dumps({"text": entry} if isinstance(entry, str) else asdict(entry)) + "\n")
 
 
-def kept(file: Path) -> tuple[list[Row], str]:
+def kept(file: Path) -> tuple[list[Row], list[str]]:
     entries = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     texts = [entry["text"] for entry in entries if "text" in entry]
-    return [Row(**entry) for entry in entries if "text" not in entry], "\n\n".join(texts)
+    return [Row(**entry) for entry in entries if "text" not in entry], texts
 
 
-def write_table(document: Path, rows: list[Row], leaks: str, machine: str) -> None:
+def write_table(document: Path, rows: list[Row], texts: list[str], machine: str) -> None:
     """Replace what stands between the marks, or add it at the end."""
     text = document.read_text()
     body = f"""{BEGIN}
@@ -112,7 +112,7 @@ def write_table(document: Path, rows: list[Row], leaks: str, machine: str) -> No
 
 {table(rows)}
 
-{leaks}
+{(chr(10) * 2).join(texts)}
 {END}"""
     if BEGIN in text:
         head, _, rest = text.partition(BEGIN)
