@@ -71,7 +71,7 @@ CONTINUATION: Mapping[str, Mapping[str, Continuation]] = {
     "transformers": {},
     # vLLM seeds a generator per request (vllm/v1/worker/gpu_model_runner.py). Its penalties would count the request's
     # own new ids only (vllm/v1/sample/ops/penalties.py) and its grammars start anew (vllm/v1/structured_output): a
-    # continuation's are our own (engines/vllm_engine/processors.py).
+    # continuation's are our own (engines/vllm_engine/extras.py).
     "vllm": {"seed": "valid"},
     # SGLang's seeded draw is a hash of (seed, position in the text), so it goes on as it was
     # (python/sglang/srt/layers/sampler.py, multinomial_with_seed); its penalties count new ids only.

@@ -1,4 +1,4 @@
-"""Where vLLM's releases differ. Run with 0.32 (CPU); the ways of 0.26 and 0.33 were read, not run."""
+"""Where vLLM's releases differ. Run with 0.26 (GPU) and 0.32 (CPU); the ways of 0.33 were read, not run."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 _ENVIRONMENT = {
-    # Our logits processors are the V1 runner's; with V2 they would not be loaded.
-    "VLLM_USE_V2_MODEL_RUNNER": "0",
     # A fork of a process with an event loop, Celery's threads and open Redis connections inherits all of them.
-    "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_NO_USAGE_STATS": "1",
     # Its top-k and top-p draw by rejection: another distribution of seeds, and it compiles at the first request.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
@@ -28,6 +26,25 @@ def prepare_environment() -> None:
     is_front_end = True
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+def may_use_v2() -> bool:
+    """Whether vLLM may choose its model runner V2 for a model: where our part of the sampling fits in (`sampler_v2`).
+    Otherwise V1 is what it is told to use, here and in its children."""
+    from vllm.platforms import current_platform
+
+    from tokenfleet.engines.vllm_engine import sampler_v2
+
+    if current_platform.is_cpu() or not sampler_v2.fits():
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    return os.environ.get("VLLM_USE_V2_MODEL_RUNNER") != "0"
+
+
+def uses_v2(config: Any) -> bool:
+    """``config``: a `VllmConfig` made with no logits processors; if it chose V1, that is final."""
+    if not config.use_v2_model_runner:
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    return bool(config.use_v2_model_runner)
 
 
 def token_prompt(ids: list[int]) -> Any:

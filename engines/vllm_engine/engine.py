@@ -21,6 +21,9 @@ from tokenfleet.engines.vllm_engine.steps import StepReader
 from tokenfleet.wire.chat import GenerationParams
 from tokenfleet.wire.errors import ContextLengthExceeded, EngineDead, EngineError, InvalidRequest
 
+_MOST_BIASES = 1024
+"""vLLM's model runner V2 has room for no more (vllm/v1/worker/gpu/sample/logit_bias.py), and fails all with one."""
+
 
 class VllmEngine:
     """A causal language model in vLLM's engine core, a child process. See `engines.base.Engine`.
@@ -96,7 +99,7 @@ class VllmEngine:
         request = self._request(
             request_id,
             (*sequence.prompt_ids, *sequence.delivered_ids),
-            sampling_params(sequence),
+            sampling_params(sequence, self._started.tokenizer_facts),
             sequence.adapter,
         )
         box = reader.open(request_id, params.top_logprobs if params.logprobs else None)
@@ -159,6 +162,8 @@ class VllmEngine:
         self._refuse_foreign_ids("logit_bias", params.logit_bias)
         self._refuse_foreign_ids("stop_token_ids", params.stop_token_ids)
         self._refuse_unknown_adapter(sequence.adapter)
+        if len(params.logit_bias) > _MOST_BIASES:
+            raise InvalidRequest(f"logit_bias has more than {_MOST_BIASES} tokens.", param="logit_bias")
         if sequence.media:
             raise InvalidRequest("This engine takes text only.", code="unsupported_parameter", param="media")
         if params.num_beams > 1:

@@ -18,6 +18,7 @@ from tokenfleet.engines.digests import folder_digest
 from tokenfleet.engines.rewards import RewardHead, find_value_head
 from tokenfleet.engines.rope import scaled
 from tokenfleet.engines.vllm_engine import adapters as lora
+from tokenfleet.engines.vllm_engine import compat
 from tokenfleet.engines.vllm_engine.options import VllmOptions
 from tokenfleet.wire.errors import ConfigurationError, EngineDead
 
@@ -38,6 +39,8 @@ class LoadedVllm:
     """What makes a score of a last hidden state. None: the model makes it, if it is a classifier."""
     folders: contextlib.ExitStack
     """Closing it removes what was written for vLLM to read."""
+    tokenizer_facts: Mapping[str, Any]
+    """What the engine core is to load the tokenizer with, should it need one (`extras.Guides`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,12 @@ def load(options: VllmOptions) -> LoadedVllm:
             name: LoRARequest(name or "fixed", place, str(adapter.path))
             for place, (name, adapter) in enumerate(parts.lora.items(), start=1)
         }
-        return LoadedVllm(engine, tokenizer, info, requests, parts.head, folders.pop_all())
+        facts = {
+            "tokenizer": str(parts.model),
+            "trust_remote_code": options.trust_remote_code,
+            "vocab_size": info.vocab_size,
+        }
+        return LoadedVllm(engine, tokenizer, info, requests, parts.head, folders.pop_all(), facts)
 
 
 def _parts(options: VllmOptions, folders: contextlib.ExitStack) -> _Parts:
@@ -116,13 +124,14 @@ def _started(parts: _Parts, options: VllmOptions) -> tuple[Any, Any]:
     from vllm.v1.engine.exceptions import EngineDeadError
 
     label = _label(options)
-    try:
-        args = AsyncEngineArgs(**_arguments(parts, options))
-    except TypeError as error:
-        raise ConfigurationError(f"vllm_config has what vLLM {vllm.__version__} does not know: {error}") from error
+    is_v2 = not parts.is_pooling and compat.may_use_v2()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(parts.model, trust_remote_code=options.trust_remote_code)
-        config = args.create_engine_config()
+        config = AsyncEngineArgs(**_arguments(parts, options, is_v2=is_v2)).create_engine_config()
+        if is_v2 and not compat.uses_v2(config):
+            config = AsyncEngineArgs(**_arguments(parts, options, is_v2=False)).create_engine_config()
+    except TypeError as error:
+        raise ConfigurationError(f"vllm_config has what vLLM {vllm.__version__} does not know: {error}") from error
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         raise ConfigurationError(f"The model {label!r} can't be loaded by vLLM: {_first_line(error)}") from error
     try:
@@ -162,7 +171,7 @@ def _resolved(name: str, options: VllmOptions, revision: str | None = None) -> P
     return models.resolve(name, revision=revision, allow_pickle=options.allow_pickle, cache=options.cache_dir)
 
 
-def _arguments(parts: _Parts, options: VllmOptions) -> dict[str, Any]:
+def _arguments(parts: _Parts, options: VllmOptions, *, is_v2: bool) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
     is_cpu = current_platform.is_cpu()
@@ -178,7 +187,7 @@ def _arguments(parts: _Parts, options: VllmOptions) -> dict[str, Any]:
         "max_num_seqs": options.max_batch_size,
         "generation_config": "vllm",  # a checkpoint's defaults must not change what a request means
         "load_format": "auto" if options.allow_pickle else "safetensors",
-        **_purpose(parts),
+        **_purpose(parts, is_v2=is_v2),
         **_quantization(options),
         **_rope(parts.model, options),
     }
@@ -200,16 +209,17 @@ def _arguments(parts: _Parts, options: VllmOptions) -> dict[str, Any]:
     return args
 
 
-def _purpose(parts: _Parts) -> dict[str, Any]:
-    """A model gives either text or scores."""
+def _purpose(parts: _Parts, *, is_v2: bool) -> dict[str, Any]:
+    """A model gives either text or scores. Something of ours must be imported in the core (`lifeline`)."""
+    extension = "tokenfleet.engines.vllm_engine.worker.WorkerExtension"
     if parts.is_pooling:
-        # No logits, no processors; something of ours must be imported in the core all the same (`lifeline`).
-        extension = "tokenfleet.engines.vllm_engine.worker.WorkerExtension"
         convert = "classify" if parts.is_classifier else "embed"
         return {"runner": "pooling", "convert": convert, "worker_extension_cls": extension}
-    from tokenfleet.engines.vllm_engine.processors import CutProcessor, GrammarProcessor, HistoryProcessor
+    if is_v2:
+        return {"runner": "generate", "worker_extension_cls": extension}
+    from tokenfleet.engines.vllm_engine.processors import CutProcessor, HistoryProcessor
 
-    return {"runner": "generate", "logits_processors": [HistoryProcessor, GrammarProcessor, CutProcessor]}
+    return {"runner": "generate", "logits_processors": [HistoryProcessor, CutProcessor]}
 
 
 def _quantization(options: VllmOptions) -> dict[str, Any]:
@@ -244,10 +254,12 @@ def _rope(folder: Path, options: VllmOptions) -> dict[str, Any]:
         getattr(text_config, "max_position_embeddings", None),
         options.rope_scaling,
     )
-    changed = {"rope_parameters": rope, "max_position_embeddings": context}
+    changed: dict[str, Any] = {"rope_parameters": rope}
+    if options.rope_scaling != "linear":  # there vLLM multiplies the model's own limit itself
+        changed["max_position_embeddings"] = context
     if text_config is not config:  # a model of several parts: the text's part is overridden within
         changed = {"text_config": changed}
-    return {"hf_overrides": {**given, **changed}}
+    return {"hf_overrides": {**given, **changed}, "max_model_len": context}
 
 
 def _eos_ids(folder: Path) -> frozenset[int]:

@@ -69,8 +69,8 @@ class VllmOptions(BaseModel):
     quantization_method: Literal["bnb", "fp8"] | None = None
     """How ``quantization_bit`` is done at load: None takes bnb for 4 bits (vLLM before 0.32) and fp8 for 8. A
     checkpoint that is already quantised brings its own method."""
-    rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = None
-    """Twice the model's context by stretching its rotary positions."""
+    rope_scaling: Literal["linear", "yarn", "llama3"] | None = None
+    """Twice the model's context by stretching its rotary positions. Not ``dynamic``: vLLM stretches short texts too."""
     trust_remote_code: bool = False
     allow_pickle: bool = False
     """Load weights that are not safetensors. A pickle can run code."""

@@ -1,4 +1,4 @@
-"""Our generation parameters as vLLM's `SamplingParams`, with the same meaning; what it lacks goes to `processors`."""
+"""Our generation parameters as vLLM's `SamplingParams`, with the same meaning; what it lacks goes to `extras`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vllm.sampling_params import RequestOutputKind
 from tokenfleet.engines.base import Sequence
 from tokenfleet.engines.stopping import ending_ids
 from tokenfleet.engines.vllm_engine import compat
-from tokenfleet.engines.vllm_engine.processors import EXTRAS
+from tokenfleet.engines.vllm_engine.extras import EXTRAS
 from tokenfleet.wire.chat import GenerationParams, ResponseFormat
 from tokenfleet.wire.errors import InvalidRequest
 
@@ -21,8 +21,10 @@ from tokenfleet.wire.errors import InvalidRequest
 _LEAST_TEMPERATURE, _MOST_TEMPERATURE = 0.01, 2.0
 
 
-def sampling_params(sequence: Sequence) -> SamplingParams:
-    """``sequence`` as vLLM is to sample it after prompt and delivered ids. Raises `InvalidRequest`."""
+def sampling_params(sequence: Sequence, tokenizer: Mapping[str, Any]) -> SamplingParams:
+    """``sequence`` as vLLM is to sample it after prompt and delivered ids. Raises `InvalidRequest`.
+
+    ``tokenizer``: what `extras.Guides` is to know of it."""
     params, delivered = sequence.params, len(sequence.delivered_ids)
     stop_ids = sorted(ending_ids(params, sequence.eos_ids))
     extras: dict[str, Any] = {}
@@ -42,6 +44,7 @@ def sampling_params(sequence: Sequence) -> SamplingParams:
     structured: Mapping[str, Any] = {}
     if delivered and params.response_format.type != "text":
         extras |= {"response_format": params.response_format.model_dump(mode="json"), "delivered": delivered}
+        extras |= tokenizer
     else:
         structured = _structured(params.response_format)
     if "cut" in cuts:

@@ -1,12 +1,14 @@
-"""What vLLM's worker imports where no logits processor of ours brings the lifeline: in a model that gives scores."""
+"""What vLLM's worker imports where no logits processor of ours is loaded: models that score, and model runner V2."""
 
 from __future__ import annotations
 
-from tokenfleet.engines.vllm_engine import compat
+from tokenfleet.engines.vllm_engine import compat, sampler_v2
 from tokenfleet.engines.vllm_engine.lifeline import leave_with_parent
 
 if not compat.is_front_end:
     leave_with_parent()
+    if compat.may_use_v2():
+        sampler_v2.install()
 
 
 class WorkerExtension:
