@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from tokenfleet import __version__
 from tokenfleet.producer.aio import AsyncClient
 from tokenfleet.producer.apikeys import KeyStore
-from tokenfleet.producer.gateway import chat, errors, models, operations, responses, tokens
+from tokenfleet.producer.gateway import chat, documents, errors, models, operations, responses, tokens
 from tokenfleet.producer.gateway.guard import Guard
 from tokenfleet.producer.gateway.metrics import Metrics
 from tokenfleet.producer.gateway.outermost import Outermost
@@ -44,7 +44,13 @@ def create_app(settings: GatewaySettings) -> FastAPI:
             await client.aclose()
 
     app = FastAPI(
-        title="tokenfleet", version=__version__, lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None
+        title="tokenfleet",
+        version=__version__,
+        lifespan=lifespan,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        responses={"4XX": documents.ERROR, "5XX": documents.ERROR},
     )
     errors.install(app)
     app.state.metrics = Metrics()

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Request, Response
 
 from tokenfleet.producer.aio import AsyncClient, AsyncJob, raise_for
 from tokenfleet.producer.assembly import Assembly
+from tokenfleet.producer.gateway import documents
 from tokenfleet.producer.gateway.answers import (
     ReasoningCount,
     chat_message,
@@ -37,7 +38,7 @@ from tokenfleet.wire.results import ChatResult
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", openapi_extra=documents.CHAT)
 async def chat_completions(request: Request) -> Response:
     body = await read_body(request)
     settings, tenant = request.app.state.settings, request.state.tenant
@@ -56,7 +57,7 @@ async def chat_completions(request: Request) -> Response:
     return _json(completion_object(answer.result, model, answer.created, answer.reasoning_tokens))
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", openapi_extra=documents.COMPLETIONS)
 async def completions(request: Request) -> Response:
     body = await read_body(request)
     settings, tenant = request.app.state.settings, request.state.tenant

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request, Response
 
+from tokenfleet.producer.gateway import documents
 from tokenfleet.producer.gateway.bodies import read_body
 from tokenfleet.producer.gateway.chat import submit, whole
 from tokenfleet.wire.errors import InvalidRequest, UnknownModel
@@ -47,7 +48,7 @@ async def get_model(name: str, request: Request) -> dict[str, Any]:
     raise UnknownModel(f"This fleet serves no model named {name[:128]!r}.", code="model_not_found")
 
 
-@router.post("/v1/score/evaluation")
+@router.post("/v1/score/evaluation", openapi_extra=documents.SCORES)
 async def score(request: Request) -> Response:
     """LLaMA-Factory's: ``{model, messages: [str], max_length}`` → ``{id, object, model, scores}``."""
     body = await read_body(request)

@@ -10,6 +10,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from tokenfleet.producer.aio import AsyncClient, AsyncJob, raise_for
+from tokenfleet.producer.gateway import documents
 from tokenfleet.producer.gateway.bodies import read_body
 from tokenfleet.producer.gateway.chat import submit
 from tokenfleet.producer.gateway.errors import NotFound
@@ -32,7 +33,7 @@ _encode = msgspec.json.Encoder().encode
 _READ_EVENTS = 1000
 
 
-@router.post("")
+@router.post("", openapi_extra=documents.RESPONSES)
 async def create(request: Request) -> Response:
     body = await read_body(request)
     settings, tenant = request.app.state.settings, request.state.tenant

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request, Response
 
+from tokenfleet.producer.gateway import documents
 from tokenfleet.producer.gateway.bodies import read_body
 from tokenfleet.producer.gateway.chat_requests import message_of
 from tokenfleet.wire.asks import Question, ask
@@ -19,7 +20,7 @@ router = APIRouter()
 _FLAGS = ("add_special_tokens", "add_generation_prompt", "continue_final_message", "return_token_strs")
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", openapi_extra=documents.TOKENIZE)
 async def tokenize(request: Request) -> Response:
     """``prompt``, or ``messages`` (with ``tools``, ``chat_template_kwargs``) as the chat route would render them."""
     body = await read_body(request)
@@ -36,7 +37,7 @@ async def tokenize(request: Request) -> Response:
     return _json({**answer, "token_strs": reply.strings if body.get("return_token_strs") else None})
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", openapi_extra=documents.DETOKENIZE)
 async def detokenize(request: Request) -> Response:
     body = await read_body(request)
     tokens = body.get("tokens")
