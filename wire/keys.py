@@ -31,6 +31,13 @@ All begin with ``tokenfleet:<fleet>:`` but for the Celery queue lists and ``cele
 | hooks                | zset    | ids of such, by when they are next to be tried               | finish, gateways  | when empty    |
 | media:<scope>:<sha>  | hash    | a medium: ``bytes`` (size), ``data`` or ``file`` (its name)   | media_put         | its jobs' ends |
 | media-jobs:<s>:<sha> | zset    | who needs it (job ids, ``upload``, ``kept``), until when     | submit, claim, …  | with it       |
+| file:<id>            | string  | a stored file's record as JSON; its bytes are in the storage | file              | expiry        |
+| files:<tenant>       | zset    | the tenant's files by time                                   | file              | when empty    |
+| file_ends            | zset    | files that expire, by when                                   | file              | when empty    |
+| file_bytes           | hash    | tenant → bytes stored                                        | file              | when empty    |
+| batch:<id>           | hash    | a batch: its state, its driver's lease, how far it is        | batch             | retention     |
+| batches:<tenant>     | zset    | the tenant's batches by time                                 | batch, gateways   | when empty    |
+| batches_active       | zset    | batches that have not ended, by time                         | batch             | when empty    |
 | meta                 | hash    | incarnation, last reap, memory sample                        | reap, register    | never         |
 """
 
@@ -140,6 +147,22 @@ class Keys:
     @property
     def webhook_secrets(self) -> str:
         return f"{self.prefix}webhook_secrets"
+
+    def file(self, file_id: str) -> str:
+        return f"{self.prefix}file:{file_id}"
+
+    def files(self, tenant: str) -> str:
+        return f"{self.prefix}files:{tenant}"
+
+    @property
+    def file_ends(self) -> str:
+        return f"{self.prefix}file_ends"
+
+    def batch(self, batch_id: str) -> str:
+        return f"{self.prefix}batch:{batch_id}"
+
+    def batches(self, tenant: str) -> str:
+        return f"{self.prefix}batches:{tenant}"
 
     @property
     def hooks(self) -> str:

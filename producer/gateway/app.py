@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
@@ -10,14 +11,22 @@ from fastapi import FastAPI
 from tokenfleet import __version__
 from tokenfleet.producer.aio import AsyncClient
 from tokenfleet.producer.apikeys import KeyStore
-from tokenfleet.producer.gateway import chat, documents, errors, models, operations, responses, tokens
+from tokenfleet.producer.gateway import batches, chat, documents, errors, files, models, operations, responses, tokens
+from tokenfleet.producer.gateway.batch_rows import RowClient, RowRunner, rows_app
+from tokenfleet.producer.gateway.batch_runner import BatchRunner
+from tokenfleet.producer.gateway.batch_store import BatchStore, Record
+from tokenfleet.producer.gateway.file_store import FileStore
 from tokenfleet.producer.gateway.guard import Guard
 from tokenfleet.producer.gateway.metrics import Metrics
 from tokenfleet.producer.gateway.outermost import Outermost
 from tokenfleet.producer.gateway.settings import GatewaySettings
+from tokenfleet.producer.gateway.storage import open_storage
 from tokenfleet.producer.tenants import Tenants
 from tokenfleet.wire.errors import ConfigurationError
 from tokenfleet.wire.media import MediaSettings
+
+_WORK = (chat, responses, models)
+"""What a row of a batch may ask for, too."""
 
 
 def create_app(settings: GatewaySettings) -> FastAPI:
@@ -39,7 +48,8 @@ def create_app(settings: GatewaySettings) -> FastAPI:
                     f"The gateway does not serve on {settings.host} without API keys.",
                     hint="Make one: `tokenfleet keys create NAME`.",
                 )
-            yield
+            async with _batches(app, client, settings, media):
+                yield
         finally:
             await client.aclose()
 
@@ -56,6 +66,31 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     app.state.metrics = Metrics()
     app.add_middleware(Guard)
     app.add_middleware(Outermost)
-    for part in (chat, responses, models, tokens, operations):
+    for part in (*_WORK, tokens, files, batches, operations):
         app.include_router(part.router)
     return app
+
+
+@contextlib.asynccontextmanager
+async def _batches(
+    app: FastAPI, client: AsyncClient, settings: GatewaySettings, media: MediaSettings
+) -> AsyncIterator[None]:
+    """Files and batches; batches are driven while the block runs."""
+    redis, keys = client.ledger.client, client.keys
+    storage = open_storage(settings.storage, settings.fleet)
+    app.state.files = store = FileStore(redis, keys, storage, settings.max_stored_bytes)
+    app.state.batches = BatchStore(redis, keys, lease_s=settings.batch_lease_s, retention_s=settings.batch_retention_s)
+    most = settings.max_queued
+    async with RowClient(settings.redis_url, fleet=settings.fleet, max_queued=most, media=media) as row_client:
+        rows = rows_app(_WORK, row_client, app.state)
+
+        def runner_of(batch: Record) -> RowRunner:
+            return RowRunner(rows, batch.id, batch.tenant, batch.fixed.endpoint, batch.fixed.window_s)
+
+        app.state.batch_runner = BatchRunner(app.state.batches, store, storage, row_client, settings, runner_of)
+        running = asyncio.create_task(app.state.batch_runner.run())
+        try:
+            yield
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)

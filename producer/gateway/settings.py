@@ -46,6 +46,19 @@ class GatewaySettings(BaseSettings):
     idempotency_s: float = Field(86400.0, gt=0)
     """How long an ended job with an ``Idempotency-Key`` stays readable, and the key means that job."""
     max_retention_s: float = Field(30 * 86400.0, gt=0, le=90 * 86400)
+    storage: str = ""
+    """Where files lie: a folder that all gateways share, or ``s3://bucket/prefix``. By default in this user's data."""
+    max_file_bytes: int = Field(200 * 1024 * 1024, ge=1024)
+    max_stored_bytes: int = Field(10 * 1024**3, ge=1024)
+    """Of one tenant's files together."""
+    file_expiry_s: float = Field(30 * 86400.0, gt=0)
+    batch_window: int = Field(128, ge=1, le=10_000)
+    """Rows of one batch that wait or run at once."""
+    batch_max_rows: int = Field(100_000, ge=1)
+    batch_retention_s: float = Field(30 * 86400.0, gt=0)
+    """How long an ended batch can be retrieved."""
+    batch_lease_s: float = Field(10.0, ge=1)
+    """After so long without a word of the gateway that drives a batch, another one goes on with it."""
     deadline_s: float = Field(3600.0, gt=0)
     queue_ttl_s: float = Field(600.0, gt=0)
     head_held_s: float = Field(5.0, ge=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tokenfleet.engines.support import ENGINES, REFUSED
+from tokenfleet.producer.gateway.settings import GatewaySettings
 from tokenfleet.wire.chat import GenerationParams
 from tokenfleet.workers.settings import WorkerSettings
 
@@ -14,6 +15,11 @@ DOCS = Path(__file__).parents[2] / "docs"
 def test_every_setting_of_a_worker_is_documented() -> None:
     page = (DOCS / "settings.md").read_text()
     assert [n for n in WorkerSettings.model_fields if f"`TOKENFLEET_{n.upper()}`" not in page] == []
+
+
+def test_every_setting_of_a_gateway_is_documented() -> None:
+    page = (DOCS / "settings.md").read_text()
+    assert [n for n in GatewaySettings.model_fields if f"`TOKENFLEET_GATEWAY_{n.upper()}`" not in page] == []
 
 
 def test_every_generation_parameter_is_documented() -> None:
