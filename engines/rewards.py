@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +37,22 @@ def find_value_head(folders: Sequence[Path]) -> RewardHead | None:
 
             return _value_head(load_file(folder / _SAFE))
         if (folder / _PICKLED).is_file():
-            # weights_only: tensors, nothing that could run.
-            return _value_head(torch.load(folder / _PICKLED, map_location="cpu", weights_only=True))
+            return _value_head(_unpickled(folder / _PICKLED))
     return None
+
+
+def _unpickled(path: Path) -> dict[str, torch.Tensor]:
+    """weights_only: tensors, nothing that could run. So it is read without ``allow_pickle``, too."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ConfigurationError(
+            f"{path.name} holds something else than tensors, or is broken.",
+            hint="Convert it to value_head.safetensors.",
+        ) from error
+    if not isinstance(found, dict):
+        raise ConfigurationError(f"{path.name} holds no named tensors.")
+    return found
 
 
 def classifier_head(model: Any) -> RewardHead | None:

@@ -111,9 +111,9 @@ def merged(model_folder: Path, adapters: list[Path]):
     return model.eval()
 
 
-def save_value_head(model, folder: Path, form: str):
+def save_value_head(model, folder: Path, form: str, *, seed: int = 5):
     """Save a value head as trl names it, next to the model; gives the function that it must compute."""
-    torch.manual_seed(5)
+    torch.manual_seed(seed)
     weight, bias = torch.randn(1, model.config.hidden_size), torch.randn(1)
     state = {"v_head.summary.weight": weight, "v_head.summary.bias": bias}
     if form == "safetensors":

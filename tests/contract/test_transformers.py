@@ -421,6 +421,36 @@ async def test_a_value_head_scores_the_last_token(tmp_path, form):
             assert_best(model, prompt(5, place), (await task)[0])
 
 
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+async def test_the_value_head_of_the_last_adapter_comes_first(tmp_path, form):
+    model = small_models.save("llama", tmp_path / "model")
+    small_models.save_value_head(model, tmp_path / "model", "safetensors")
+    adapted = small_models.save_lora(tmp_path / "model", tmp_path / "reward")
+    expected = small_models.save_value_head(adapted, tmp_path / "reward", form, seed=6)
+    texts = [tuple(prompt(length, length)) for length in (7, 30, 1)]
+    async with started(tmp_path / "model", adapter_name_or_path=str(tmp_path / "reward")) as engine:
+        assert engine.info.can_score
+        assert await engine.score(texts) == pytest.approx([expected(text) for text in texts], abs=1e-4)
+
+
+class _Runs:
+    def __reduce__(self):
+        return (print, ("a pickle ran",))
+
+
+async def test_a_value_head_that_would_run_code_is_refused(tmp_path, capfd):
+    small_models.save("llama", tmp_path)
+    for broken in (
+        lambda path: torch.save({"v_head.summary.weight": _Runs()}, path),
+        lambda path: path.write_bytes(b"x"),
+    ):
+        broken(tmp_path / "value_head.bin")
+        with pytest.raises(ConfigurationError, match=r"value_head\.bin"):
+            async with started(tmp_path):
+                pass
+    assert "a pickle ran" not in capfd.readouterr().out
+
+
 async def test_a_sequence_classifier_scores_and_does_not_generate(tmp_path):
     model = small_models.save_classifier(tmp_path)
     texts = [tuple(prompt(length, length)) for length in (9, 4, 33)]
