@@ -31,7 +31,7 @@ AUDIO_CODECS = frozenset(
     }
 )  # fmt: skip
 _KNOWN = {
-    "video": "MP4, MOV, MKV, WebM, AVI, MPEG-TS, OGG, FLV or GIF",
+    "video": "MP4, MOV, MKV, WebM, AVI, MPEG, OGG, FLV or GIF",
     "audio": "WAV, FLAC, MP3, OGG, AAC, M4A, AIFF, or a video with sound",
 }
 
@@ -48,6 +48,7 @@ def reader_of(data: bytes) -> str | None:
     for magic, reader in (
         (b"\x1aE\xdf\xa3", "matroska"), (b"OggS", "ogg"), (b"fLaC", "flac"), (b"FLV\x01", "flv"),
         (b"GIF87a", "gif"), (b"GIF89a", "gif"), (b"ID3", "mp3"), (b"#!AMR", "amr"),
+        (b"\0\0\1\xba", "mpeg"), (b"\0\0\1\xb3", "mpegvideo"),
     ):  # fmt: skip
         if head.startswith(magic):
             return reader

@@ -30,7 +30,7 @@ class MediaSettings(BaseModel):
     audio_sampling_rate: int = Field(16000, ge=1000, le=192000)
     """Hz; audios are resampled to it."""
 
-    media_max_bytes: int = Field(64 << 20, ge=1)
+    media_max_bytes: int = Field(128 << 20, ge=1)
     """The largest file; of each medium, before decoding."""
     media_max_pixels: int = Field(40_000_000, ge=1)
     """The largest image or frame as it is stored, by its header. Decoding takes about 4 bytes a pixel."""

@@ -60,7 +60,7 @@ class Served:
                 ids += chunk.ids
         return ids
 
-    def generated(self, sequence, inputs=None, new=NEW):
+    def generated(self, sequence, inputs=None, new=NEW, **more):
         """What transformers' own loop answers to the same prompt, greedily."""
         processing = self.engine.media
         ids = torch.tensor([sequence.prompt_ids])
@@ -72,7 +72,7 @@ class Served:
         with torch.inference_mode():
             out = self.model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), **(inputs or {}), do_sample=False,
-                max_new_tokens=new, min_new_tokens=new, eos_token_id=None,
+                max_new_tokens=new, min_new_tokens=new, eos_token_id=None, **more,
             )  # fmt: skip
         return out[0, ids.shape[1] :].tolist()
 
@@ -130,6 +130,8 @@ async def test_media_and_text_chats_share_a_batch_and_each_gets_what_it_gets_alo
         seeded = [replace(asked[2], params=GenerationParams(**drawn), seed=seed) for seed in (1, 2, 1)]
         one, other, again = await asyncio.gather(*(it.run(each) for each in seeded))
         assert one == again != other
+        searched = replace(asked[0], params=GenerationParams(num_beams=3, do_sample=False, ignore_eos=True))
+        assert await it.run(searched) == it.generated(searched, num_beams=3)
         assert (it.engine.running, it.engine.held_tokens) == (0, 0)
 
 

@@ -170,6 +170,12 @@ def test_frames_are_sampled_as_llama_factory_samples_them(seconds):
     assert sample_indices(0, None, MediaSettings(video_maxlen=5)) == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("form", ["mpegts", "mpeg", "matroska"])
+def test_videos_whose_headers_count_no_frames_are_read_from_the_start(form):
+    video = decoded("video", video_file(2, frames=50, form=form, codec="mpeg2video", rate=25), video_maxlen=20)
+    assert video.indices == tuple(range(20))
+
+
 @pytest.mark.parametrize(("form", "codec"), [("mp4", "mpeg4"), ("mp4", "h264"), ("avi", "mpeg4"), ("webm", "vp9")])
 def test_videos_are_read(form, codec):
     video = decoded("video", video_file(2, frames=50, form=form, codec=codec), video_maxlen=20)
