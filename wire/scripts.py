@@ -15,7 +15,7 @@ import redis.asyncio
 
 Name = Literal[
     "submit", "claim", "append", "cancel", "release", "beat", "serve", "bury", "reap", "poll", "lost", "links", "rate",
-    "forget", "media_touch", "media_put", "file", "batch",
+    "forget", "media_touch", "media_put", "file", "batch", "hooks",
 ]  # fmt: skip
 Arg = str | bytes | int | float
 

@@ -21,6 +21,7 @@ from tokenfleet.producer.gateway.metrics import Metrics
 from tokenfleet.producer.gateway.outermost import Outermost
 from tokenfleet.producer.gateway.settings import GatewaySettings
 from tokenfleet.producer.gateway.storage import open_storage
+from tokenfleet.producer.gateway.webhooks import WebhookRunner
 from tokenfleet.producer.tenants import Tenants
 from tokenfleet.wire.errors import ConfigurationError
 from tokenfleet.wire.media import MediaSettings
@@ -75,7 +76,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
 async def _batches(
     app: FastAPI, client: AsyncClient, settings: GatewaySettings, media: MediaSettings
 ) -> AsyncIterator[None]:
-    """Files and batches; batches are driven while the block runs."""
+    """Files, batches and webhooks; batches are driven and webhooks delivered while the block runs."""
     redis, keys = client.ledger.client, client.keys
     storage = open_storage(settings.storage, settings.fleet)
     app.state.files = store = FileStore(redis, keys, storage, settings.max_stored_bytes)
@@ -88,9 +89,11 @@ async def _batches(
             return RowRunner(rows, batch.id, batch.tenant, batch.fixed.endpoint, batch.fixed.window_s)
 
         app.state.batch_runner = BatchRunner(app.state.batches, store, storage, row_client, settings, runner_of)
-        running = asyncio.create_task(app.state.batch_runner.run())
+        webhooks = WebhookRunner(client.ledger, app.state.tenants, settings)
+        running = [asyncio.create_task(app.state.batch_runner.run()), asyncio.create_task(webhooks.run())]
         try:
             yield
         finally:
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)

@@ -49,6 +49,7 @@ class _Looked(msgspec.Struct, frozen=True):
     model: Any = None
     stream: Any = None
     background: Any = None
+    webhook: Any = None
 
 
 class UsageOf(msgspec.Struct, frozen=True):
@@ -191,7 +192,7 @@ class RowRunner:
 
 def _refusal(row: Row) -> bytes | None:
     looked = msgspec.json.decode(row.body, type=_Looked)
-    for name in ("stream", "background"):
+    for name in ("stream", "background", "webhook"):
         if getattr(looked, name):
             error = errors.error_object(
                 InvalidRequest(f"{name}: not in a batch.", code="unsupported_parameter", param=name)

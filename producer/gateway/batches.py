@@ -14,6 +14,7 @@ from tokenfleet.producer.gateway.batch_rows import ENDPOINTS
 from tokenfleet.producer.gateway.batch_store import BatchStore, Fixed
 from tokenfleet.producer.gateway.bodies import read_body
 from tokenfleet.producer.gateway.files import id_of_key
+from tokenfleet.producer.gateway.webhooks import KINDS, Hook, webhook_of
 from tokenfleet.wire.errors import InvalidRequest
 from tokenfleet.wire.ledger import translated
 
@@ -27,18 +28,20 @@ _MAX_WINDOW_S = 30 * 86400
 @router.post("/v1/batches")
 async def create(request: Request) -> dict[str, Any]:
     body = await read_body(request)
+    url = await webhook_of(request, request.state.webhook)
     tenant, store = request.state.tenant, request.app.state.batches
     if unknown := sorted(set(body) - _FIELDS):
         raise InvalidRequest(f"Unknown field {unknown[0]!r}.", code="unknown_field", param=unknown[0])
     fixed = _fixed(body)
     key = request.headers.get("idempotency-key")
     batch_id = f"batch_{secrets.token_hex(16)}" if key is None else id_of_key("batch_", tenant, key)
-    digest = hashlib.sha256(msgspec.json.encode(fixed)).hexdigest()
+    hook = msgspec.json.encode(Hook(url, tenant, KINDS["/v1/batches"])) if url else b""
+    digest = hashlib.sha256(msgspec.json.encode(fixed) + hook).hexdigest()
     async with translated():
         file = await request.app.state.files.get(fixed.input_file_id, tenant)
         if file.purpose != "batch":
             raise InvalidRequest("input_file_id: a file with purpose 'batch' is needed.", param="input_file_id")
-        await store.create(batch_id, tenant, fixed, digest, b"")
+        await store.create(batch_id, tenant, fixed, digest, hook)
         request.app.state.batch_runner.wake()
         record = await store.get(batch_id, tenant)
     return record.shown()  # type: ignore[no-any-return]

@@ -11,6 +11,7 @@ import msgspec
 from fastapi import Request
 
 from tokenfleet.producer.gateway.errors import TooLarge, UnsupportedEncoding
+from tokenfleet.producer.gateway.webhooks import KINDS
 from tokenfleet.wire.errors import InvalidRequest
 
 MAX_DEPTH = 64
@@ -24,13 +25,15 @@ _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
 async def read_body(request: Request) -> dict[str, Any]:
-    """The request's JSON object, never more of it than is allowed.
+    """The request's JSON object, never more of it than is allowed. Where a route takes a ``webhook``, that goes to
+    ``request.state``: it is not the body's parser's.
 
     Raises `InvalidRequest` (``invalid_json``), `TooLarge`, `UnsupportedEncoding`."""
     body = await read_bytes(request, request.app.state.settings.max_body_bytes)
-    if len(body) <= _INLINE_BYTES:
-        return parse_object(body)
-    return await asyncio.to_thread(parse_object, body)
+    value = parse_object(body) if len(body) <= _INLINE_BYTES else await asyncio.to_thread(parse_object, body)
+    if request.scope["path"] in KINDS:
+        request.state.webhook = value.pop("webhook", None)
+    return value
 
 
 async def read_bytes(request: Request, limit: int) -> bytes:

@@ -28,6 +28,7 @@ from tokenfleet.producer.gateway.chunks import ChatChunks, StreamOptions, TextCh
 from tokenfleet.producer.gateway.media import take_media, taken_media
 from tokenfleet.producer.gateway.metrics import Observed
 from tokenfleet.producer.gateway.streaming import Source, event_stream, last_event_id
+from tokenfleet.producer.gateway.webhooks import KINDS, webhook_of
 from tokenfleet.wire.chat import ChatRequest, ScoreRequest
 from tokenfleet.wire.errors import InvalidRequest, JobCancelled
 from tokenfleet.wire.events import AnyEvent, Finished, Usage
@@ -121,10 +122,13 @@ async def submit(
 
 async def asked_for(request: Request, options: JobOptions, key: str | None) -> JobOptions:
     """``options`` with what the request asks for beside its body's fields. A job stays as long as its key."""
+    more: dict[str, Any] = {}
     if key is not None:
-        kept_s: float = max(options.kept_s, request.app.state.settings.idempotency_s)
-        options = options.model_copy(update={"retention_s": kept_s})
-    return options
+        more["retention_s"] = max(options.kept_s, request.app.state.settings.idempotency_s)
+    if url := await webhook_of(request, getattr(request.state, "webhook", None)):
+        # Who wants to be told need not wait.
+        more |= {"webhook": url, "webhook_kind": KINDS[request.scope["path"]], "cancel_on_disconnect": False}
+    return options.model_copy(update=more)
 
 
 def id_of_key(tenant: str, key: str) -> str:

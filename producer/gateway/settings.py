@@ -59,6 +59,12 @@ class GatewaySettings(BaseSettings):
     """How long an ended batch can be retrieved."""
     batch_lease_s: float = Field(10.0, ge=1)
     """After so long without a word of the gateway that drives a batch, another one goes on with it."""
+    webhook_http: bool = False
+    """Call webhooks without TLS, too."""
+    webhook_allowed_networks: tuple[str, ...] = ()
+    """Networks that are not public and whose webhooks are called all the same, e.g. ``["10.1.2.0/24"]``."""
+    webhook_retry_s: float = Field(5.0, gt=0)
+    """Until a failed webhook is tried again; twice as long each time, up to an hour, for three days."""
     deadline_s: float = Field(3600.0, gt=0)
     queue_ttl_s: float = Field(600.0, gt=0)
     head_held_s: float = Field(5.0, ge=0)
