@@ -309,3 +309,27 @@ def test_an_upload_may_be_repeated(seeing: Fleet) -> None:
     with seeing.redis.client(decode_responses=True) as redis:
         assert redis.hgetall(f"{prefix}media:{name}") == {"file": "a", "bytes": "1"}
         assert 0 < redis.pttl(f"{prefix}media:{name}") <= 5000
+
+
+def test_the_command_line_sends_files(seeing: Fleet, tmp_path: Path) -> None:
+    from tests.integration.test_cli import Shell
+
+    shell = Shell(TOKENFLEET_REDIS_URL=seeing.redis.url, TOKENFLEET_FLEET=seeing.redis.fleet)
+    image, sound = tmp_path / "a.png", tmp_path / "a.wav"
+    image.write_bytes(png(1))
+    sound.write_bytes(wav(1))
+    greedy = ("--temperature", "0", "--max_new_tokens", "12")
+    expected = text_of(seeing.client(), "So?", images=[image], audios=[sound])
+    job_id = shell("submit", "--image", str(image), "--audio", str(sound), *greedy, "So?").strip()
+    assert shell("watch", job_id).rstrip("\n") == expected.rstrip("\n")
+    # In a chat they go with the first message; the second turn has them still.
+    said = shell("chat", "--image", str(image), "--audio", str(sound), *greedy, stdin="So?\nAnd?\n")
+    assert said.startswith(expected)
+    turns = [{"role": "user", "content": "So?"}, {"role": "assistant", "content": expected}, user("And?")]
+    assert said.rstrip("\n").endswith(text_of(seeing.client(), turns, images=[image], audios=[sound]).rstrip("\n"))
+    assert "error [invalid_media]" in shell.error("submit", "--image", "/no/such/file", "So?")
+    assert "error [media_mismatch]" in shell.error("submit", "--image", str(image), "<image><image>")
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}

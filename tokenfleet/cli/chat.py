@@ -19,6 +19,7 @@ from tokenfleet.cli.arguments import (
     merged,
 )
 from tokenfleet.cli.connection import MODEL
+from tokenfleet.cli.media import media_options, media_parts, media_settings
 from tokenfleet.cli.output import note, print_error, write
 from tokenfleet.wire.errors import ConfigurationError, TokenfleetError
 
@@ -29,13 +30,18 @@ _QUIET_S = 1.0  # how long an answer may keep the user waiting without a word
 @argument_options("Fleet", "Model", "vLLM", "SGLang", "Workers", "Generation")
 @click.option("--system", metavar="TEXT", help="System message of this chat.")
 @click.option("--adapter", metavar="NAME", help="Which of the model's adapters to use.")
+@media_options
 @click.argument("config", nargs=-1, metavar="[FILE] [KEY=VALUE]...")
 @click.pass_context
-def command(ctx: click.Context, /, config: tuple[str, ...], system: str | None, adapter: str | None, **_: Any) -> int:
+def command(
+    ctx: click.Context, /, config: tuple[str, ...], system: str | None, adapter: str | None, **more: Any
+) -> int:
     """Chat with a model.
 
     Joins the local fleet, starting it if need be, or with --redis-url any fleet. FILE is a YAML or JSON file of the
     arguments below, as LLaMA-Factory takes it; KEY=VALUE words and flags win over it.
+
+    Images, videos and audios go with the first message.
 
     `clear` drops the history, `exit` or Ctrl-D quits, Ctrl-C stops the answer. In a pipe each line is one turn.
     """
@@ -54,7 +60,8 @@ def command(ctx: click.Context, /, config: tuple[str, ...], system: str | None, 
 
             local = stack.enter_context(join(args))
             url, fleet, model = local.url, local.fleet, only_model(local, args)
-        chat = Chat(stack.enter_context(asyncio.Runner()), url, fleet, model, request)
+        media = media_parts(more)
+        chat = Chat(stack.enter_context(asyncio.Runner()), url, fleet, model, request, media)
         stack.callback(chat.close)
         return chat.run()
 
@@ -62,11 +69,19 @@ def command(ctx: click.Context, /, config: tuple[str, ...], system: str | None, 
 class Chat:
     """One conversation. Each answer is one run of the event loop, so that Ctrl-C cancels it and nothing else."""
 
-    def __init__(self, runner: asyncio.Runner, url: str, fleet: str, model: str | None, request: dict[str, Any]):
+    def __init__(
+        self,
+        runner: asyncio.Runner,
+        url: str,
+        fleet: str,
+        model: str | None,
+        request: dict[str, Any],
+        media: list[dict[str, Any]],
+    ) -> None:
         from tokenfleet.producer.aio import AsyncClient
 
         async def connect() -> AsyncClient:
-            client = AsyncClient(url, fleet=fleet, model=model)
+            client = AsyncClient(url, fleet=fleet, model=model, media=media_settings())
             try:
                 await client.check()
             except BaseException:
@@ -78,7 +93,8 @@ class Chat:
         self._client = runner.run(connect())
         self._model = model
         self._request = request
-        self._messages: list[dict[str, str]] = []
+        self._media = media
+        self._messages: list[dict[str, Any]] = []
         self._is_interactive = sys.stdin.isatty()
 
     def close(self) -> None:
@@ -125,7 +141,10 @@ class Chat:
 
     def _turn(self, text: str) -> None:
         """Ask, print the answer, remember both. In a pipe an error or Ctrl-C ends the program."""
-        self._messages.append({"role": "user", "content": text})
+        # Media belong to the first message, also to that after `clear` or a failure.
+        has_media = bool(self._media) and not self._messages
+        content: Any = [*self._media, {"type": "text", "text": text}] if has_media else text
+        self._messages.append({"role": "user", "content": content})
         if self._is_interactive:
             sys.stderr.write("Assistant: ")
             sys.stderr.flush()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from tokenfleet.cli.media import media_settings
 from tokenfleet.wire.errors import FleetUnavailable
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ async def connected(redis_url: str | None, fleet: str, model: str | None = None)
     from tokenfleet.producer.aio import AsyncClient
 
     url = redis_url or (await running_local(fleet)).url
-    async with AsyncClient(url, fleet=fleet, model=model) as client:
+    async with AsyncClient(url, fleet=fleet, model=model, media=media_settings()) as client:
         yield client
 
 

@@ -12,6 +12,7 @@ import click
 
 from tokenfleet.cli.arguments import CONTEXT, SectionedCommand, argument_options, given_flags
 from tokenfleet.cli.connection import connected
+from tokenfleet.cli.media import media_arguments, media_options
 from tokenfleet.cli.output import write, write_json
 from tokenfleet.wire.errors import InvalidRequest
 
@@ -23,6 +24,7 @@ from tokenfleet.wire.errors import InvalidRequest
 @click.option("--tools", metavar="FILE", help="A JSON list of tool definitions.")
 @click.option("--adapter", metavar="NAME", help="Which of the model's adapters to use.")
 @click.option("--enable_thinking", type=click.BOOL, metavar="[true|false]", help="Whether a model that can think does.")
+@media_options
 @click.option("--tag", "tags", multiple=True, metavar="KEY=VALUE", help="Kept with the job. May be given again.")
 @click.option("--job_id", metavar="ID", help="A UUID of your own: the same again is the same job.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object instead of the id.")
@@ -51,6 +53,7 @@ def command(
         **{name: more[name] for name in ("system", "adapter", "enable_thinking", "job_id")},
         "tools": None if tools is None else _read_json("tools", tools),
         "tags": _tags(tags) or None,
+        **media_arguments(more),
     }
     job_id = asyncio.run(_submit(redis_url, fleet or "default", model, _content(prompt, messages), named))
     if as_json:
