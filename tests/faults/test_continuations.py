@@ -10,8 +10,13 @@ from tests.faults.trial import Trial, ledger_of
 from tests.fleets import Fleet, wait_until
 from tokenfleet.wire.errors import StreamInterrupted
 from tokenfleet.wire.events import ChoiceFinished, Delta, Finished, Started
+from tokenfleet.wire.toolcalls import parse
 
 SAID = "naïve 🚀 café — 世界! " * 12
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "' + "Łódź" * 9 + '"}}\n</tool_call>'
 
 
 def spell(text: str) -> str:
@@ -33,7 +38,8 @@ def test_characters_stop_strings_choices_and_logprobs_survive_a_kill(fleet: Flee
         uneven = [
             trial.submit("count", n=3, max_new_tokens=200, seed=k, logprobs=True, top_logprobs=2) for k in range(2)
         ]
-        readings = trial.watch([*spelled, *stopped, *held, several, *uneven])
+        called = [trial.submit(spell("w" * k + CALL), tools=TOOLS) for k in range(4)]
+        readings = trial.watch([*spelled, *stopped, *held, several, *uneven, *called])
         trial.until_streaming(15)
         second = fleet.start_worker(token_ms=3.0, wait=False)
         trial.kill(first)
@@ -46,7 +52,14 @@ def test_characters_stop_strings_choices_and_logprobs_survive_a_kill(fleet: Flee
         assert all(job.result(5).choices[0].stop == "STOP HERE" for job in stopped)
         # Every byte boundary counts as a token, so somewhere the cut fell into a character.
         delivered = [line["delivered_tokens"] for line in second.record if line["event"] == "prefill"]
-        assert len(delivered) == 24 + 4 + 6
+        assert len(delivered) == 24 + 4 + 6 + 4
+        for k, job in enumerate(called):
+            result = job.result(5)
+            parsed = parse(result.choices[0].text, result.parser, key=job.id)
+            assert parsed.content == "w" * k
+            assert [(c.function.name, json.loads(c.function.arguments)) for c in parsed.tool_calls] == [
+                ("weather", {"city": "Łódź" * 9})
+            ]
         # The same seed on an undisturbed worker gives the same choices.
         again = trial.client.submit("[[eos: 400]]", n=4, max_new_tokens=300, seed=7).result(60)
         assert [c.text for c in several.result(5).choices] == [c.text for c in again.choices]

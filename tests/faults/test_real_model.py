@@ -1,4 +1,4 @@
-"""Kills under a real model on transformers: greedy in float32, each token checked against the model itself."""
+"""A kill under a real model on transformers: in float32, each token checked against the model itself."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from tests.faults.trial import Trial, ledger_of
 from tests.fleets import Fleet
 from tests.small_tokenizers import byte_level
+from tokenfleet import Job
 from tokenfleet.wire.events import Delta
 
 TOLERANCE = 1e-3
@@ -32,33 +33,99 @@ def save_llama(folder: Path, torch: Any, hf: Any) -> Any:
     return model
 
 
+def save_adapter(model_folder: Path, folder: Path, torch: Any, hf: Any) -> Any:
+    """A LoRA adapter strong enough to change every answer; gives the model with it merged."""
+    peft = pytest.importorskip("peft")
+    base = hf.AutoModelForCausalLM.from_pretrained(model_folder)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
+    adapted = peft.get_peft_model(base, config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.3)
+    adapted.save_pretrained(folder)
+    return adapted.merge_and_unload().eval()
+
+
+COLOURS = ["red", "green", "blue"]
+MANY_COLOURS = {"type": "array", "items": {"enum": COLOURS}, "minItems": 70, "maxItems": 70}
+
+
 @pytest.mark.slow
-def test_a_real_models_stream_goes_on_where_it_was_cut(fleet: Fleet) -> None:
+def test_a_real_models_streams_go_on_where_they_were_cut(fleet: Fleet) -> None:
+    """Plain, with an adapter, with logprobs, several choices, penalties, and in a grammar: one kill cuts them all."""
     torch = pytest.importorskip("torch")
     hf = pytest.importorskip("transformers")
-    folder = fleet.folder / "llama"
+    folder, adapter = fleet.folder / "llama", fleet.folder / "lora"
     model = save_llama(folder, torch, hf)
-    real = {
-        "TOKENFLEET_ENGINE": "transformers",
-        "TOKENFLEET_ENGINE_ARGS": json.dumps(
-            {"model_name_or_path": str(folder), "infer_dtype": "float32", "max_batch_size": 8, "threads": 1}
-        ),
-    }
+    adapted = save_adapter(folder, adapter, torch, hf)
+    arguments = {"model_name_or_path": str(folder), "infer_dtype": "float32", "max_batch_size": 16, "threads": 1,
+                 "adapters": {"tuned": str(adapter)}}  # fmt: skip
+    real = {"TOKENFLEET_ENGINE": "transformers", "TOKENFLEET_ENGINE_ARGS": json.dumps(arguments)}
     first = fleet.start_worker(env=real)
     with Trial(fleet) as trial:
-        greedy: dict[str, Any] = {"do_sample": False, "max_new_tokens": 500, "ignore_eos": True}
-        jobs = [trial.submit((), prompt=f"question {k}", **greedy) for k in range(6)]
+        greedy: dict[str, Any] = {"do_sample": False, "max_new_tokens": 300, "ignore_eos": True}
+
+        def ask(number: int, **more: Any) -> Job:
+            return trial.submit((), prompt=f"question {number}", **{**greedy, **more})
+
+        plain = [ask(k) for k in range(3)]
+        tuned = [ask(k, adapter="tuned") for k in range(2)]
+        told = ask(5, logprobs=True, top_logprobs=2)
+        choices = ask(6, n=2, do_sample=True, temperature=1.0, seed=5)
+        held = ask(7, frequency_penalty=0.5, repetition_penalty=1.2)
+        shape = {"type": "json_schema", "json_schema": MANY_COLOURS}
+        formed = ask(8, response_format=shape, max_new_tokens=1500, ignore_eos=False)
+        jobs = [*plain, *tuned, told, choices, held, formed]
         readings = trial.watch(jobs)
         trial.until_streaming(10)
         fleet.start_worker(env=real, wait=False)
         trial.kill(first)
         verdict = trial.judge(timeout_s=150, may_run_plain=True, may_have=["text_differs", "invalid_utf8"])
-        assert verdict.cut_streams == 6
-        for job, reading in zip(jobs, readings, strict=True):
-            prompt = json.loads(ledger_of(fleet, job)["prompt"])
-            ids = [token for event in reading.events if isinstance(event, Delta) for token in event.ids]
-            assert len(ids) == 500
-            with torch.no_grad():
-                logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
-            below = logits.max(dim=-1).values - logits[torch.arange(len(ids)), torch.tensor(ids)]
-            assert float(below.max()) < TOLERANCE
+        assert verdict.cut_streams == len(jobs)
+        ids = {reading.job.id: ids_of(reading.events) for reading in readings}
+        for job in [*plain, *tuned, told]:
+            assert len(ids[job.id]) == 300
+            logits = teacher_forced(torch, adapted if job in tuned else model, prompt_of(fleet, job), ids[job.id])
+            chosen = logits[torch.arange(300), torch.tensor(ids[job.id])]
+            assert float((logits.max(dim=-1).values - chosen).max()) < TOLERANCE
+        entries = told.result(5).choices[0].logprobs
+        assert [entry.id for entry in entries] == ids[told.id]
+        logprobs = teacher_forced(torch, model, prompt_of(fleet, told), ids[told.id]).log_softmax(dim=-1)
+        for place, entry in enumerate(entries):
+            assert abs(entry.logprob - float(logprobs[place, entry.id])) < TOLERANCE
+            assert len(entry.top) == 2
+        penalised(torch, model, prompt_of(fleet, held), ids[held.id])
+        colours = json.loads(formed.result(5).choices[0].text)
+        assert len(colours) == 70
+        assert set(colours) <= set(COLOURS)
+        both = choices.result(5).choices
+        assert [len(choice.ids) for choice in both] == [300, 300]
+        assert both[0].ids != both[1].ids
+
+
+def ids_of(events: Any) -> list[int]:
+    return [token for event in events if isinstance(event, Delta) for token in event.ids]
+
+
+def prompt_of(fleet: Fleet, job: Job) -> list[int]:
+    ids: list[int] = json.loads(ledger_of(fleet, job)["prompt"])
+    return ids
+
+
+def teacher_forced(torch: Any, model: Any, prompt: list[int], ids: list[int]) -> Any:
+    """The model's logits for each delivered token, given its own prefix."""
+    with torch.no_grad():
+        return model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+
+
+def penalised(torch: Any, model: Any, prompt: list[int], ids: list[int]) -> None:
+    """Each token is the best after both penalties, counted over all attempts."""
+    logits = teacher_forced(torch, model, prompt, ids)
+    for place, chosen in enumerate(ids):
+        row = logits[place].clone()
+        seen = torch.tensor(sorted({*prompt, *ids[:place]}))
+        row[seen] = torch.where(row[seen] > 0, row[seen] / 1.2, row[seen] * 1.2)
+        for token in ids[:place]:
+            row[token] -= 0.5
+        assert float(row.max() - row[chosen]) < TOLERANCE, f"token {place} forgets what was delivered before"

@@ -100,10 +100,10 @@ class Trial:
 
     # -- clients ------------------------------------------------------------------------------------------------------
 
-    def submit(self, prompt: str = "count", **named: Any) -> Job:
+    def submit(self, messages: Any = "count", /, **named: Any) -> Job:
         """Raises what the fleet refuses it with; that is noted too."""
         try:
-            job = self.client.submit(prompt, **named)
+            job = self.client.submit(messages, **named)
         except TokenfleetError as error:
             self.history.note("refused", code=error.code, job=named.get("job_id"))
             raise
