@@ -143,6 +143,22 @@ MUTANTS = [
         (*faults("redis_outages.py::test_a_log_cut_behind_a_reader_ends_with_lost_state"), STATEFUL),
     ),
     Mutant(
+        "grown-again-unseen", "never other text for a delivered index", "producer/collector.py",
+        "if overlap and events and events[0] != (self.cursor, self._last):", "if False:",
+        faults("redis_outages.py::test_a_reader_that_was_away_while_a_shorter_log_grew_again"),
+    ),
+    Mutant(
+        "replicas-not-waited-for", "with replicas=1 a failover loses nothing that was seen", "wire/scripts.py",
+        'pipe.execute_command(*command, 0, *args).execute_command("WAIT", replicas, timeout_ms)',
+        'pipe.execute_command(*command, 0, *args).execute_command("WAIT", 0, timeout_ms)',
+        faults("failover.py::test_with_replicas_waited_for_a_failover_loses_nothing"),
+    ),
+    Mutant(
+        "running-jobs-have-no-deadline", "a total deadline ends a running job, with or without its worker", "wire/lua/claim.lua",
+        "redis.call('ZADD', P .. 'deadlines', num(f[6]), id)", "redis.call('ZREM', P .. 'deadlines', id)",
+        faults("endings.py::test_a_total_deadline_ends_a_running_job_and_one_whose_worker_is_dead"),
+    ),
+    Mutant(
         "runs-expired-jobs", "what is past its time-to-live never runs", "wire/lua/claim.lua",
         "if f[1] == 'queued' and due and num(due) <= NOW then", "if false then",
         (STATEFUL,),

@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from typing import Any
 
 from celery.exceptions import Ignore
 from celery.worker.request import Request
 
+from tokenfleet.wire.jobs import JobOptions
 from tokenfleet.wire.requests import chat_request, score_request
 from tokenfleet.workers.celery_app import app, runtime
 from tokenfleet.workers.links import links_of
@@ -53,7 +55,7 @@ class Intake(AsyncTask):
 async def chat(self: Any, messages: Any = (), **named: Any) -> None:
     """Queue a chat as `Client.submit` does, under this task's id."""
     request, options = chat_request(messages, named)
-    await runtime().take_in(self.request.id, request, options, links_of(self.request))
+    await runtime().take_in(self.request.id, request, _until(self.request.expires, options), links_of(self.request))
     raise Ignore
 
 
@@ -61,5 +63,14 @@ async def chat(self: Any, messages: Any = (), **named: Any) -> None:
 async def score(self: Any, texts: Any, **named: Any) -> None:
     """Queue texts to be scored as `Client.submit_scores` does, under this task's id."""
     request, options = score_request(texts, named)
-    await runtime().take_in(self.request.id, request, options, links_of(self.request))
+    await runtime().take_in(self.request.id, request, _until(self.request.expires, options), links_of(self.request))
     raise Ignore
+
+
+def _until(expires: Any, options: JobOptions) -> JobOptions:
+    """Celery's ``expires`` (a time, by the sender's clock) is the queue's time-to-live."""
+    if not expires:
+        return options
+    until = expires if isinstance(expires, dt.datetime) else dt.datetime.fromisoformat(expires)
+    left_s = (until - dt.datetime.now(until.tzinfo or dt.UTC)).total_seconds() - options.delay_s
+    return options.model_copy(update={"queue_ttl_s": min(options.queue_ttl_s, max(0.001, left_s))})

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import subprocess
+import sys
 import time
 from itertools import islice
+from pathlib import Path
 
 import pytest
 from celery import Celery
 
 from tests.faults.trial import Trial, aborted, ledger_of, running
-from tests.fleets import Fleet, wait_until
+from tests.fleets import ROOT, Fleet, wait_until
 from tokenfleet.wire.errors import JobCancelled, JobExpired
 from tokenfleet.wire.keys import Keys
+
+WRONG_CLOCK = Path(__file__).with_name("wrong_clock")
 
 
 def served_by(worker: object) -> set[str]:
@@ -119,6 +125,29 @@ def test_a_total_deadline_ends_a_running_job_and_one_whose_worker_is_dead(fleet:
         late_ms = int(entry["ended_ms"]) - int(entry["deadline_ms"])
         print(f"ended {late_ms} ms after its deadline, with no worker left")
         assert late_ms >= 0
+
+
+@pytest.mark.parametrize("off_s", [-7200, 7200])
+def test_a_workers_wrong_clock_is_nobodys_business(fleet: Fleet, off_s: int) -> None:
+    """Deadlines and leases are in Redis' time: nothing ends early, nothing late, nothing is taken over."""
+    wrong = {"PYTHONPATH": f"{WRONG_CLOCK}:{ROOT}", "WRONG_CLOCK_S": str(off_s)}
+    worker = fleet.start_worker(salted=True, token_ms=10.0, env=wrong)
+    code = "import time, sys; print(time.time())"
+    told = subprocess.run([sys.executable, "-c", code], env={**os.environ, **wrong}, capture_output=True, text=True)
+    assert abs(float(told.stdout) - time.time() - off_s) < 60, "the clock is right: nothing is proven"
+    with Trial(fleet) as trial:
+        plain = trial.submit("count", max_new_tokens=400, queue_ttl_s=30, deadline_s=60)
+        short = trial.submit("count", max_new_tokens=3000, deadline_s=3.0)
+        trial.watch([plain, short])
+        trial.until_streaming(5)
+        trial.fault("deadline", cuts=False)
+        trial.judge()
+        assert ledger_of(fleet, plain)["state"] == "finished"
+        entry = ledger_of(fleet, short)
+        assert entry["state"] == "expired"
+        assert 0 <= int(entry["ended_ms"]) - int(entry["deadline_ms"]) < 3000
+        assert {ledger_of(fleet, job)["epoch"] for job in (plain, short)} == {"1"}
+        assert worker.process.poll() is None
 
 
 def test_a_reader_that_leaves_cancels_if_the_job_says_so(fleet: Fleet) -> None:

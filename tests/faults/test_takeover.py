@@ -6,10 +6,12 @@ import signal
 import time
 from itertools import islice
 
+import psutil
 import pytest
 import redis
 
-from tests.fleets import Fleet
+from tests.faults.trial import Trial, ledger_of
+from tests.fleets import Fleet, Worker
 from tokenfleet.engines.scripted import salt_of
 from tokenfleet.wire.events import AnyEvent, Delta, Finished
 from tokenfleet.wire.keys import Keys
@@ -59,6 +61,34 @@ def test_stream_survives_the_worker_that_was_writing_it(fleet: Fleet, how: str) 
     in_flight = 100  # at 10 ms a token, what a loaded machine may hold between engine and log
     assert made <= TOKENS + in_flight
     assert any(line["event"] == "prefill" and line["delivered_tokens"] == changes[0] for line in second.record)
+
+
+def test_a_shorter_lease_finds_a_lost_machine_sooner(fleet: Fleet) -> None:
+    """The guardian dies with its worker, as when the machine is gone: only the lease tells."""
+    lease = {"TOKENFLEET_LEASE": '{"heartbeat_s": 0.3, "lease_s": 1.0}'}
+    first = fleet.start_worker(salted=True, token_ms=10.0, env=lease)
+    with Trial(fleet) as trial:
+        jobs = trial.submit_many(4, max_new_tokens=700)
+        trial.watch(jobs)
+        trial.until_streaming(10)
+        fleet.start_worker(salted=True, token_ms=5.0, env=lease)
+        guardian = guardian_of(first)
+        trial.fault("SIGKILL with guardian", first.pid)
+        guardian.kill()
+        first.kill_group()
+        verdict = trial.judge()
+        assert verdict.cut_streams == 4
+        assert min(verdict.stalls_s) > 0.3, "somebody told: it was not the lease"
+        assert max(verdict.stalls_s) < 3.0
+        assert {ledger_of(fleet, job)["strikes"] for job in jobs} == {"0"}
+
+
+def guardian_of(worker: Worker) -> psutil.Process:
+    [found] = [
+        p for p in psutil.process_iter(["cmdline"])
+        if "tokenfleet.workers.guardian" in " ".join(p.info["cmdline"] or ()) and p.ppid() == worker.pid
+    ]  # fmt: skip
+    return found
 
 
 def test_a_lost_celery_message_is_found(fleet: Fleet) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -90,6 +91,25 @@ def test_revoke_is_cancel(served: Fleet, terminate: bool) -> None:
     wait_until(lambda: job.status().completion_tokens > 5, 10)
     app.control.revoke(job.id, terminate=terminate)
     wait_until(lambda: job.status().state == "cancelled", 10)
+
+
+def test_expires_is_the_queues_time_to_live(served: Fleet) -> None:
+    """Past when its message comes: it never becomes a job. Else the job waits no longer than that."""
+    app = Celery(broker=served.redis.celery_url, backend=served.redis.celery_url)
+    with served.redis.client() as client:
+        late = sig(served, "late", app=app).apply_async(expires=-5)
+        with pytest.raises(TaskRevokedError):
+            late.get(timeout=10)
+        assert not client.exists(f"tokenfleet:{served.redis.fleet}:job:{late.id}")
+        waits = sig(served, "waits", app=app, countdown=100).apply_async(expires=160)
+        key = f"tokenfleet:{served.redis.fleet}:job:{waits.id}"
+        wait_until(lambda: client.exists(key), 10)
+        assert 40 < json.loads(client.hget(key, "options"))["queue_ttl_s"] <= 60, "from when it is due"
+        due_ms = client.zscore(f"tokenfleet:{served.redis.fleet}:deadlines", waits.id)
+        assert due_ms - int(client.hget(key, "submitted_ms")) <= 160_000
+    served.client().job(waits.id).cancel()
+    with pytest.raises(TaskRevokedError):
+        waits.get(timeout=10)
 
 
 def test_nobody_sees_a_prompt_through_celery(served: Fleet) -> None:
