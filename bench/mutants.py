@@ -154,7 +154,8 @@ MUTANTS = [
         faults("failover.py::test_with_replicas_waited_for_a_failover_loses_nothing"),
     ),
     Mutant(
-        "running-jobs-have-no-deadline", "a total deadline ends a running job, with or without its worker", "wire/lua/claim.lua",
+        "running-jobs-have-no-deadline", "a total deadline ends a running job, whatever its worker does",
+        "wire/lua/claim.lua",
         "redis.call('ZADD', P .. 'deadlines', num(f[6]), id)", "redis.call('ZREM', P .. 'deadlines', id)",
         faults("endings.py::test_a_total_deadline_ends_a_running_job_and_one_whose_worker_is_dead"),
     ),
