@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from tokenfleet.producer.media_kinds import Kind, check_kind
 from tokenfleet.producer.media_sources import bytes_of, of_base64
-from tokenfleet.wire.chat import Message
+from tokenfleet.wire.chat import MediaPart, Message, TextPart
 from tokenfleet.wire.errors import InvalidRequest
 from tokenfleet.wire.media import MediaSettings
 from tokenfleet.wire.requests import Messages
@@ -65,6 +65,23 @@ def take(messages: Messages, named: Mapping[str, Any], limits: MediaSettings) ->
     return _Taking(limits).take(messages, {kind: named.get(name) for name, kind in ARGUMENTS.items()})
 
 
+def references_only(messages: Messages, named: Mapping[str, Any]) -> Messages:
+    """The messages as plain JSON, for a message of the queue: their media are references (`AsyncClient.upload`).
+
+    Raises `InvalidRequest` (``unsupported_media``) for media themselves."""
+    if not has_media(messages, named):
+        return messages
+    taken = take(messages, named, MediaSettings())
+    if taken.media:
+        raise InvalidRequest(
+            "Media don't travel inside a message of the queue.",
+            code="unsupported_media",
+            hint="client.upload() stores one and gives the part that names it in messages.",
+            param="messages",
+        )
+    return taken.messages
+
+
 class _Taking:
     """One request's media while they are gathered."""
 
@@ -103,6 +120,8 @@ class _Taking:
         """A part as it is stored: text as it is, a medium as a reference."""
         if isinstance(part, str):
             return {"type": "text", "text": part}
+        if isinstance(part, TextPart | MediaPart):
+            part = part.model_dump()
         if not isinstance(part, Mapping):
             return part  # for the schema to refuse
         kind_of_part = part.get("type")

@@ -15,12 +15,17 @@ from typing import Any
 from celery import Celery
 from celery.canvas import Signature
 
+from tokenfleet.producer.media import references_only
 from tokenfleet.wire.keys import Keys
 
 
 def chat_signature(*messages: Any, model: str, fleet: str = "default", app: Celery | None = None, **named: Any) -> Any:
-    """A signature of a chat; arguments as `Client.submit`'s. Without ``messages`` it takes the chain's last result."""
-    return _signature("tokenfleet.chat", messages, model, fleet, app, named)
+    """A signature of a chat; arguments as `Client.submit`'s. Without ``messages`` it takes the chain's last result.
+
+    Media are named by reference: the parts that `Client.upload` gives. Raises `InvalidRequest` for media themselves."""
+    checked = tuple(references_only(each, {}) for each in messages)
+    references_only("media", named)
+    return _signature("tokenfleet.chat", checked, model, fleet, app, named)
 
 
 def score_signature(*texts: Any, model: str, fleet: str = "default", app: Celery | None = None, **named: Any) -> Any:

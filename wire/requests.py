@@ -30,7 +30,7 @@ def chat_request(messages: Messages, named: Mapping[str, Any]) -> tuple[ChatRequ
     options: dict[str, Any] = {}
     params: dict[str, Any] = {}
     for name, value in named.items():
-        if value is None:
+        if value is None or (name in _MEDIA_NAMES and not value):
             continue
         if name in _MEDIA_NAMES:
             raise InvalidRequest(

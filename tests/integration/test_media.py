@@ -333,3 +333,23 @@ def test_the_command_line_sends_files(seeing: Fleet, tmp_path: Path) -> None:
 
 def user(text: str) -> dict[str, str]:
     return {"role": "user", "content": text}
+
+
+def test_celery_users_name_media_by_reference(seeing: Fleet) -> None:
+    from celery import Celery
+
+    from tokenfleet import chat
+
+    client, url = seeing.client(), seeing.redis.celery_url
+    app = Celery("theirs", broker=url, backend=url)
+    part = client.upload("image", png(20))
+    where = {"model": MODEL, "fleet": seeing.redis.fleet, "app": app}
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "So?"}]}]
+    answer = chat.s(messages, **where, **GREEDY).apply_async().get(timeout=30)
+    assert answer["choices"][0]["text"] == text_of(client, "So?", images=[png(20)])
+    data_url = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(png()).decode()}}
+    for inline, named in (([user("So?")], {"images": [png()]}), ([{"role": "user", "content": [data_url]}], {})):
+        with pytest.raises(InvalidRequest) as caught:
+            chat.s(inline, **where, **named)
+        assert caught.value.code == "unsupported_media"
+    app.close()
