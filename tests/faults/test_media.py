@@ -1,0 +1,73 @@
+"""A job with media survives its worker: the next one fetches them again; after the end nothing of them is left."""
+
+from __future__ import annotations
+
+import signal
+from itertools import islice
+
+import pytest
+
+from tests.faults.test_leaks import keys_of
+from tests.fleets import Fleet, wait_until
+from tests.media import padded, png, wav
+from tokenfleet.wire.errors import MediaGone
+from tokenfleet.wire.events import AnyEvent, Delta, Finished
+from tokenfleet.wire.media import MediaSettings
+
+TOKENS = 300
+OPTIONS = {"modalities": ["text", "image", "audio"], "token_ms": 5.0}
+
+
+def text_of(events: list[AnyEvent]) -> str:
+    return "".join(event.text for event in events if isinstance(event, Delta))
+
+
+def media_keys(fleet: Fleet) -> list[str]:
+    return [name for name in keys_of(fleet) if ":media" in name]
+
+
+def test_a_stream_with_media_goes_on_when_its_worker_is_killed(fleet: Fleet) -> None:
+    folder = fleet.folder / "media"
+    env = {"TOKENFLEET_MEDIA_FOLDER": str(folder)}
+    first = fleet.start_worker(env=env, **OPTIONS)
+    client = fleet.client(media=MediaSettings(folder=folder, inline_bytes=1000))
+    media = {"images": [png(1), padded(png(2), 5000)], "audios": [wav(3, samples=100)]}
+    asked = {"do_sample": False, "max_new_tokens": TOKENS, "retention_s": 2.0, **media}
+    undisturbed = client.chat("<image>, <image>: <audio>?", **asked).text
+    assert undisturbed != client.chat("<image>, <image>: <audio>?", **{**asked, "images": [png(2), png(1)]}).text
+    job = client.submit("<image>, <image>: <audio>?", **asked)
+    with job.stream() as stream:
+        events = list(islice(stream, 20))
+        second = fleet.start_worker(env=env, **OPTIONS)
+        assert not [line for line in second.record if line["event"] == "prefill"]
+        first.kill_group(signal.SIGKILL)
+        cut = len(text_of(events))
+        events += list(stream)
+    assert 0 < cut < len(undisturbed)
+    assert isinstance(events[-1], Finished)
+    assert events[-1].usage.attempts == 2, "not mid-stream: this run would prove nothing"
+    assert text_of(events) == undisturbed
+    [prefill] = [line for line in second.record if line["event"] == "prefill"]
+    assert prefill["delivered_tokens"] > 0
+    wait_until(lambda: not media_keys(fleet), 20, "no key of a medium is left")
+    client.thread.run(client.aio.media.sweep(grace_s=0))
+    assert [path for path in folder.rglob("*") if path.is_file()] == []
+
+
+def test_a_takeover_that_finds_media_gone_ends_the_job_with_a_reason(fleet: Fleet) -> None:
+    first = fleet.start_worker(**OPTIONS)
+    client = fleet.client()
+    job = client.submit("Look", images=[png(1)], max_new_tokens=5000, do_sample=False)
+    with job.stream() as stream:
+        list(islice(stream, 10))
+        with fleet.redis.client() as redis:
+            redis.delete(*media_keys(fleet))
+        fleet.start_worker(**OPTIONS)
+        first.kill_group(signal.SIGKILL)
+        with pytest.raises(MediaGone):
+            list(stream.text())
+    status = job.status()
+    assert (status.state, status.attempts) == ("failed", 2)
+    assert client.chat("Hi", images=[png(1)], max_new_tokens=5).text, (
+        "another job with the same image is none the worse"
+    )
