@@ -31,7 +31,7 @@ class ScriptedEngine:
         self.options = options or ScriptedOptions()
         self.tokenizer = ScriptedTokenizer()
         self._info = EngineInfo(
-            name="scripted",
+            name=self.options.acts_as,
             version=_VERSION,
             model=self.options.label,
             fingerprint=f"scripted-{_VERSION}-{self.options.label}-{'salted' if self.options.salted else 'plain'}",

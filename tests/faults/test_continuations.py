@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults.trial import Trial, ledger_of
 from tests.fleets import Fleet, wait_until
-from tokenfleet.wire.errors import StreamInterrupted
+from tokenfleet.wire.errors import InvalidRequest, StreamInterrupted
 from tokenfleet.wire.events import ChoiceFinished, Delta, Finished, Started
 from tokenfleet.wire.toolcalls import parse
 
@@ -117,6 +117,28 @@ def test_what_cant_be_continued_ends_with_a_typed_error(fleet: Fleet) -> None:
             job.result(5)
         assert ledger_of(fleet, job)["state"] == "failed"
         assert len(fresh.result(5).choices[0].ids) == 20, "nothing of it was delivered: it may start anew"
+
+
+def test_what_an_engine_cant_continue_is_refused_or_ends_with_its_worker(fleet: Fleet) -> None:
+    """The table's `no`: a job that must be durable is told before its first token, any other when its worker dies."""
+    first = fleet.start_worker(token_ms=10.0, acts_as="sglang")
+    with Trial(fleet) as trial:
+        loose, plain = (trial.submit("count", max_new_tokens=900, presence_penalty=p) for p in (0.5, 0.0))
+        durable = trial.submit("count", max_new_tokens=900, durable=True)
+        refused = trial.submit("count", max_new_tokens=900, presence_penalty=0.5, durable=True)
+        cut = trial.watch([loose, plain, durable])
+        [nothing] = trial.watch(refused)
+        trial.until_streaming(20, cut)
+        fleet.start_worker(token_ms=3.0, acts_as="sglang", wait=False)
+        trial.kill(first)
+        trial.judge(may_run_plain=True)
+        with pytest.raises(StreamInterrupted):
+            loose.result(5)
+        with pytest.raises(InvalidRequest) as caught:
+            refused.result(5)
+        assert caught.value.code == "not_durable"
+        assert nothing.tokens == 0
+        assert [len(job.result(5).choices[0].ids) for job in (plain, durable)] == [900, 900]
 
 
 def test_kinds_of_events_after_a_takeover(fleet: Fleet) -> None:
