@@ -1,0 +1,131 @@
+"""The official client on a fleet with a real model: SmolLM2 on transformers."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from openai.types.responses import Response
+from pydantic import BaseModel
+
+from tests.fleets import ROOT, Fleet
+from tests.gateways import start_gateway
+from tests.servers import RedisServer, new_fleet_name
+
+MODEL = "smollm2-135m-instruct"
+PARIS: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
+GREEDY: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_tokens": 24}
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+
+@pytest.fixture(scope="module")
+def url(_session_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    pytest.importorskip("torch")
+    fleet = Fleet(RedisServer(_session_server, new_fleet_name()), tmp_path_factory.mktemp("fleet"))
+    real = {
+        "TOKENFLEET_MODEL": MODEL,
+        "TOKENFLEET_ENGINE": "transformers",
+        "TOKENFLEET_ENGINE_ARGS": json.dumps({"model_name_or_path": MODEL, "threads": 1, "max_batch_size": 4}),
+    }
+    fleet.start_worker(env=real)
+    gateway = start_gateway(fleet)
+    yield f"{gateway.url}/v1"
+    gateway.close()
+    fleet.close()
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120) as client:
+        yield client
+
+
+def test_whole_streamed_and_as_a_response_say_the_same(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(messages=PARIS, **GREEDY)
+    text = whole.choices[0].message.content
+    assert "Paris" in text
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens
+    chunks = list(
+        client.chat.completions.create(
+            messages=PARIS, stream=True, stream_options={"include_usage": True}, logprobs=True, **GREEDY
+        )
+    )
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == text
+    assert chunks[-1].usage == whole.usage
+    logprobs = [token for c in chunks if c.choices and c.choices[0].logprobs for token in c.choices[0].logprobs.content]
+    assert len(logprobs) == whole.usage.completion_tokens
+    response = client.responses.create(model=MODEL, input=PARIS, temperature=0, max_output_tokens=24)
+    Response.model_validate(response.model_dump(), strict=True)
+    assert response.output_text == text
+    assert response.usage.input_tokens == whole.usage.prompt_tokens
+
+
+async def test_the_async_client(url: str) -> None:
+    async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=120) as client:
+        stream = await client.responses.create(
+            model=MODEL, input="Count to five.", temperature=0, max_output_tokens=16, stream=True
+        )
+        kinds = [event.type async for event in stream]
+        assert kinds[-1] in ("response.completed", "response.incomplete")
+        answer = await client.completions.create(model=MODEL, prompt="1, 2, 3,", temperature=0, max_tokens=6)
+        assert "4" in answer.choices[0].text
+
+
+def test_the_readmes_example_runs_as_it_stands(url: str) -> None:
+    section = (ROOT / "README.md").read_text().split("## OpenAI's API", 1)[1]
+    example = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1].replace("http://127.0.0.1:8000/v1", url)
+    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+    assert "output_tokens=48" in done.stdout
+
+
+class City(BaseModel):
+    name: str
+    is_capital: bool
+
+
+def test_structured_outputs(client: openai.OpenAI) -> None:
+    parsed = client.chat.completions.parse(messages=PARIS, response_format=City, **{**GREEDY, "max_tokens": 60})
+    assert isinstance(parsed.choices[0].message.parsed, City)
+    response = client.responses.parse(model=MODEL, input=PARIS, text_format=City, temperature=0, max_output_tokens=60)
+    assert isinstance(response.output_parsed, City)
+    picked = client.chat.completions.create(
+        messages=PARIS, extra_body={"structured_outputs": {"choice": ["Paris", "Rome"]}}, **GREEDY
+    )
+    assert picked.choices[0].message.content in ("Paris", "Rome")
+
+
+def test_tokens_are_counted_as_the_chat_counts_them(client: openai.OpenAI, url: str) -> None:
+    root = client.with_options(base_url=url.removesuffix("/v1"))
+    told: Any = root.post("/tokenize", body={"model": MODEL, "messages": PARIS}, cast_to=object)
+    answer = client.chat.completions.create(messages=PARIS, **{**GREEDY, "max_tokens": 1})
+    assert told["count"] == answer.usage.prompt_tokens
+    text: Any = root.post("/detokenize", body={"model": MODEL, "tokens": told["tokens"]}, cast_to=object)
+    assert "capital of France" in text["prompt"]
+
+
+def test_a_prompt_too_long_is_refused_with_the_counts(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(messages=[{"role": "user", "content": "word " * 20_000}], stream=True, **GREEDY)
+    assert caught.value.code == "context_length_exceeded"
+    assert "8192" in caught.value.message
+
+
+def test_a_tool_must_be_called(client: openai.OpenAI) -> None:
+    tool: Any = {"type": "function", "function": {
+        "name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}  # fmt: skip
+    asked: dict[str, Any] = {"messages": PARIS, "tools": [tool], "tool_choice": "required"}
+    try:
+        answer = client.chat.completions.create(**asked, **{**GREEDY, "max_tokens": 60})
+    except openai.BadRequestError as error:
+        assert error.code == "unsupported_parameter"  # noqa: PT017
+    else:
+        assert answer.choices[0].message.tool_calls
