@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Query, Request
 
+from tokenfleet.producer.gateway import documents
 from tokenfleet.producer.gateway.batch_rows import ENDPOINTS
 from tokenfleet.producer.gateway.batch_store import BatchStore, Fixed
 from tokenfleet.producer.gateway.bodies import read_body
@@ -25,7 +26,7 @@ _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _MAX_WINDOW_S = 30 * 86400
 
 
-@router.post("/v1/batches")
+@router.post("/v1/batches", openapi_extra=documents.BATCHES)
 async def create(request: Request) -> dict[str, Any]:
     body = await read_body(request)
     url = await webhook_of(request, request.state.webhook)

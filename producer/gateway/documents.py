@@ -50,7 +50,11 @@ _TOOLS: Schema = {
 
 def _body(properties: Schema, *required: str) -> Schema:
     """For a route's ``openapi_extra``."""
-    schema = {"type": "object", "properties": properties, "required": ["model", *required]}
+    return _json(properties, "model", *required)
+
+
+def _json(properties: Schema, *required: str) -> Schema:
+    schema = {"type": "object", "properties": properties, "required": list(required)}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
@@ -114,6 +118,32 @@ TOKENIZE = _body(
 )
 DETOKENIZE = _body({"model": _TEXT, "tokens": {"type": "array", "items": {"type": "integer"}}}, "tokens")
 SCORES = _body({"model": _TEXT, "messages": {"type": "array", "items": _TEXT}, "max_length": _COUNT}, "messages")
+FILES: Schema = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {"file": {**_TEXT, "format": "binary"}, "purpose": {"enum": ["batch"]}},
+                    "required": ["file", "purpose"],
+                }
+            }
+        },
+    }
+}
+BATCHES = _json(
+    {
+        "input_file_id": _TEXT,
+        "endpoint": {
+            "enum": ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/score/evaluation"],
+        },
+        "completion_window": {**_TEXT, "description": "24h, or any other of minutes, hours or days."},
+        "metadata": {"type": ["object", "null"], "additionalProperties": _TEXT},
+        "output_expires_after": _OBJECT,
+    },
+    "input_file_id", "endpoint", "completion_window",
+)  # fmt: skip
 
 ERROR: Schema = {
     "description": "An error, in OpenAI's shape.",

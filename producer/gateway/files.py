@@ -16,6 +16,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import Message
 
+from tokenfleet.producer.gateway import documents
 from tokenfleet.producer.gateway.errors import TooLarge
 from tokenfleet.producer.gateway.file_store import FileStore, StoredFile
 from tokenfleet.producer.gateway.storage import PIECE_BYTES
@@ -29,7 +30,7 @@ _FORM_BYTES = 64 * 1024
 _MIN_EXPIRY_S, _MAX_EXPIRY_S = 3600, 30 * 86400
 
 
-@router.post("/v1/files")
+@router.post("/v1/files", openapi_extra=documents.FILES)
 async def upload(request: Request) -> Response:
     settings, tenant = request.app.state.settings, request.state.tenant
     store: FileStore = request.app.state.files
