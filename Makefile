@@ -89,7 +89,7 @@ $(VLLM_READY): pyproject.toml
 	@touch $@
 
 test-vllm-cpu: $(VLLM_READY) ## the engines' contract and a real worker, on vLLM on this machine's CPU (not in `make test`)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} TOKENFLEET_CONTRACT_ENGINES=vllm \
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TOKENFLEET_CONTRACT_ENGINES=vllm \
 	  $(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS) -W default --session-timeout=$(SUITE_LIMIT_S) $(PYTEST_ARGS)
 
 lock: $(READY) ## write the installed versions to deploy/constraints/lock.txt

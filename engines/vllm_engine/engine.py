@@ -36,7 +36,6 @@ class VllmEngine:
         self._reader: StepReader | None = None
         self._tasks: tuple[Any, ...] = ()
         self._compiler: GrammarCompiler | None = None
-        self._active = 0
         self._numbers = itertools.count()
 
     @property
@@ -55,7 +54,7 @@ class VllmEngine:
     @property
     def running(self) -> int:
         # vLLM's own scheduler keeps the others waiting, first come, first served.
-        return min(self._active, self._options.max_batch_size)
+        return 0 if self._reader is None else min(self._reader.unfinished, self._options.max_batch_size)
 
     @property
     def _started(self) -> LoadedVllm:
@@ -101,9 +100,9 @@ class VllmEngine:
             (*sequence.prompt_ids, *sequence.delivered_ids),
             sampling_params(sequence, self._started.tokenizer_facts),
             sequence.adapter,
+            param=None if params.response_format.type == "text" else "response_format",
         )
         box = reader.open(request_id, params.top_logprobs if params.logprobs else None)
-        self._active += 1
         try:
             await core.add_request_async(request)
             while True:
@@ -114,7 +113,6 @@ class VllmEngine:
         except EngineDeadError as error:
             raise EngineDead("vLLM's engine core has died.", hint="Its reason is in the worker's log.") from error
         finally:
-            self._active -= 1
             await reader.close(request_id)
 
     async def _prime(self, sequence: Sequence) -> None:
@@ -125,15 +123,19 @@ class VllmEngine:
         wanted = sequence.params.response_format
         await asyncio.to_thread(self._compiler.compile, wanted, sequence.delivered_ids, frozenset(ends))
 
-    def _request(self, request_id: str, ids: tuple[int, ...], params: Any, adapter: str | None) -> Any:
-        """An `EngineCoreRequest`; ``params``: `SamplingParams` or `PoolingParams`. Raises `InvalidRequest`."""
+    def _request(
+        self, request_id: str, ids: tuple[int, ...], params: Any, adapter: str | None, param: str | None = None
+    ) -> Any:
+        """An `EngineCoreRequest`; ``params``: `SamplingParams` or `PoolingParams`. Raises `InvalidRequest` that names
+        ``param``: all that vLLM refuses beside a grammar was refused before."""
         loaded = self._started
         try:
             request = loaded.engine.input_processor.process_inputs(
                 request_id, compat.token_prompt(list(ids)), params, self._tasks, lora_request=loaded.lora.get(adapter)
             )
         except compat.request_errors() as error:
-            raise InvalidRequest(f"vLLM refuses this request: {error}") from error
+            named = {} if param is None else {"param": param}
+            raise InvalidRequest(f"vLLM refuses this request: {error}", **named) from error
         request.external_req_id = request_id
         return request
 
@@ -215,14 +217,12 @@ class VllmEngine:
         request_id = f"score-{next(self._numbers)}"
         request = self._request(request_id, ids, pooling_params(is_hidden=loaded.head is not None), adapter)
         pooled = reader.open_reward(request_id)
-        self._active += 1
         try:
             await loaded.engine.engine_core.add_request_async(request)
             values = await pooled
         except EngineDeadError as error:
             raise EngineDead("vLLM's engine core has died.", hint="Its reason is in the worker's log.") from error
         finally:
-            self._active -= 1
             await reader.close(request_id)
         return float(values[0] if loaded.head is None else loaded.head(values[None])[0])
 

@@ -60,6 +60,11 @@ class StepReader:
         """Why no more steps can be read."""
         return self._failure
 
+    @property
+    def unfinished(self) -> int:
+        """Requests that the core has not finished, and that nobody has closed."""
+        return len(self._readers) + len(self._rewards)
+
     def open(self, request_id: str, top_logprobs: int | None) -> Mailbox:
         """Where the tokens of a request will lie; to be opened before the core gets it."""
         if self._failure is not None:

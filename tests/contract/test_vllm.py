@@ -142,8 +142,10 @@ async def test_a_killed_engine_core_fails_what_runs_and_whatever_comes(models):
 
     async def read_and_kill():
         async with aclosing(engine.generate(sequence)) as chunks:
+            await anext(chunks)
+            os.kill(core.pid, signal.SIGKILL)
             async for _ in chunks:
-                os.kill(core.pid, signal.SIGKILL)
+                pass
 
     with pytest.raises(EngineDead):
         await read_and_kill()
@@ -236,7 +238,7 @@ async def test_what_can_not_be_loaded_says_why(tmp_path):
         ({"adapter_name_or_path": two}, "use_dora"),
     ):
         with pytest.raises(ConfigurationError, match=reason):
-            async with started(tmp_path / "model", **options):
+            async with started(tmp_path / "model", infer_dtype="float16", **options):
                 pass
     if not torch.cuda.is_available():
         with pytest.raises(ConfigurationError, match="on a CPU"):
