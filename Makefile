@@ -19,7 +19,7 @@ SUITE_LIMIT_S ?= 3000
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check lint format pytest bench chaos compose-test gpu-test setup-vllm-cpu test-vllm-cpu \
-  lock clean
+  setup-sglang-cpu test-sglang-cpu lock clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -91,6 +91,28 @@ $(VLLM_READY): pyproject.toml
 test-vllm-cpu: $(VLLM_READY) ## the engines' contract and a real worker, on vLLM on this machine's CPU (not in `make test`)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TOKENFLEET_CONTRACT_ENGINES=vllm \
 	  $(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS) -W default --session-timeout=$(SUITE_LIMIT_S) $(PYTEST_ARGS)
+
+# SGLang's own requirements are its CUDA stack: here it is installed without, beside what it imports (the extra
+# sglang-cpu). tests/sglang_cpu stands in for its kernels and for torchvision; a .pth file shows it to all processes.
+SGLANG_VENV := .venv-sglang
+SGLANG_PINS := deploy/constraints/sglang-cpu.txt
+SGLANG_TESTS := tests/contract/test_engine_contract.py tests/contract/test_sglang.py tests/integration/test_sglang_worker.py
+SGLANG_READY := $(SGLANG_VENV)/.tokenfleet-sglang-cpu
+
+setup-sglang-cpu: $(SGLANG_READY) ## make .venv-sglang with SGLang for a CPU, for tests (2 GB, some 3 minutes)
+
+$(SGLANG_READY): pyproject.toml $(SGLANG_PINS)
+	@test -x $(SGLANG_VENV)/bin/python || $(PYTHON) -m venv $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/python -m pip install -q --no-deps -c $(SGLANG_PINS) torch sglang compressed-tensors
+	$(SGLANG_VENV)/bin/python -m pip install -q -c $(SGLANG_PINS) -e '.[sglang-cpu,local]' \
+	  pytest pytest-asyncio pytest-timeout hypothesis
+	@echo "$(CURDIR)/tests/sglang_cpu" \
+	  > "$$($(SGLANG_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sglang_cpu.pth"
+	@touch $@
+
+test-sglang-cpu: $(SGLANG_READY) ## the engines' contract and a real worker, on SGLang on this machine's CPU (not in `make test`)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} TOKENFLEET_CONTRACT_ENGINES=sglang \
+	  $(SGLANG_VENV)/bin/python -m pytest $(SGLANG_TESTS) -W default --session-timeout=$(SUITE_LIMIT_S) $(PYTEST_ARGS)
 
 lock: $(READY) ## write the installed versions to deploy/constraints/lock.txt
 	$(PY) deploy/constraints/lock.py > $(LOCK).new

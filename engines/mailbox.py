@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from tokenfleet.engines.base import RawLogprob, TokenChunk
-from tokenfleet.wire.errors import EngineError
+from tokenfleet.wire.errors import TokenfleetError
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -21,7 +21,7 @@ class Mailbox:
         self._ids: list[int] = []
         self._logprobs: list[RawLogprob] = []
         self._reason: FinishReason | None = None
-        self._error: EngineError | None = None
+        self._error: TokenfleetError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, ids: Iterable[int], logprobs: Iterable[RawLogprob] = (), reason: FinishReason | None = None) -> None:
@@ -35,7 +35,7 @@ class Mailbox:
         self._logprobs += logprobs
         self._reason = reason
 
-    def fail(self, error: EngineError) -> None:
+    def fail(self, error: TokenfleetError) -> None:
         """The reader gets what waits, then the error."""
         self._error = error
         self.wake()

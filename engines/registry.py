@@ -56,7 +56,7 @@ async def load(name: str, args: Mapping[str, Any], settings: ModelSettings) -> L
         case "vllm":
             return await _vllm(args, settings)
         case "sglang":
-            raise ConfigurationError(f"The engine {name!r} is not part of this release yet.", hint="Use transformers.")
+            return await _sglang(args, settings)
         case _:
             raise ConfigurationError(f"There is no engine {name!r}.", hint=f"Engines: {', '.join(ENGINES)}.")
 
@@ -126,6 +126,22 @@ async def _vllm(args: Mapping[str, Any], settings: ModelSettings) -> Loaded:
     except ImportError as error:
         raise missing_extra("vllm", "vllm", error) from error
     engine = VllmEngine(options)
+    await engine.start()
+    return await asyncio.to_thread(_with_hf_tokenizer, engine, settings)
+
+
+async def _sglang(args: Mapping[str, Any], settings: ModelSettings) -> Loaded:
+    from tokenfleet.engines.sglang_engine.options import SglangOptions
+
+    given = {"label": settings.label, **args}
+    if settings.slots is not None:
+        given = {"max_batch_size": settings.slots, **given}
+    options = options_of(SglangOptions, given, "sglang")
+    try:
+        from tokenfleet.engines.sglang_engine import SglangEngine
+    except ImportError as error:
+        raise missing_extra("sglang", "sglang", error) from error
+    engine = SglangEngine(options)
     await engine.start()
     return await asyncio.to_thread(_with_hf_tokenizer, engine, settings)
 

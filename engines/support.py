@@ -39,8 +39,8 @@ _VLLM_BEAMS = Refusal(
     "https://github.com/vllm-project/vllm/pull/9105",
 )
 _SGLANG_BEAMS = Refusal(
-    "SGLang has no beam search.",
-    "https://github.com/sgl-project/sglang/blob/main/python/sglang/srt/sampling/sampling_params.py",
+    "SGLang 0.5.17 has no beam search; the one of 0.5.23 takes its candidates past the sampler, without our penalties.",
+    "https://github.com/sgl-project/sglang/blob/main/python/sglang/srt/beam_search/logits_capture.py",
 )
 _SCRIPTED_BEAMS = Refusal("A script has nothing to search.", "engines/scripted/model.py")
 
@@ -52,15 +52,7 @@ REFUSED: Mapping[str, Mapping[str, Refusal]] = {
     },
     "transformers": {},
     "vllm": {"num_beams": _VLLM_BEAMS, "length_penalty": _VLLM_BEAMS},
-    "sglang": {
-        "num_beams": _SGLANG_BEAMS,
-        "length_penalty": _SGLANG_BEAMS,
-        "repetition_penalty": Refusal(
-            "SGLang takes a repetition_penalty of at most 2.",
-            "https://github.com/sgl-project/sglang/blob/main/python/sglang/srt/sampling/sampling_params.py",
-            above=2.0,
-        ),
-    },
+    "sglang": {"num_beams": _SGLANG_BEAMS, "length_penalty": _SGLANG_BEAMS},
 }
 
 CONTINUATION: Mapping[str, Mapping[str, Continuation]] = {
@@ -73,14 +65,9 @@ CONTINUATION: Mapping[str, Mapping[str, Continuation]] = {
     # own new ids only (vllm/v1/sample/ops/penalties.py) and its grammars start anew (vllm/v1/structured_output): a
     # continuation's are our own (engines/vllm_engine/extras.py).
     "vllm": {"seed": "valid"},
-    # SGLang's seeded draw is a hash of (seed, position in the text), so it goes on as it was
-    # (python/sglang/srt/layers/sampler.py, multinomial_with_seed); its penalties count new ids only.
-    "sglang": {
-        "presence_penalty": "no",
-        "frequency_penalty": "no",
-        "repetition_penalty": "no",
-        "response_format": "no",
-    },
+    # SGLang's penalties would count new ids only and its grammars start anew; ours don't, and a draw is a hash of
+    # (seed, index) (engines/sglang_engine/sampler.py, history.py, grammars.py).
+    "sglang": {},
 }
 """How a request that uses the parameter goes on after a takeover; ``exact`` where nothing is said. ``valid``: a fair
 sample, not the undisturbed text, as sampling without a seed is everywhere."""

@@ -106,6 +106,26 @@ async def vllm(folder: Path) -> AsyncIterator[Subject]:
         await engine.close()
 
 
+@asynccontextmanager
+async def sglang(folder: Path) -> AsyncIterator[Subject]:
+    """The same small Llama in SGLang, on a CPU (with stubs for its kernels) or a GPU. See `make test-sglang-cpu`."""
+    pytest.importorskip("sglang", reason="SGLang's pins exclude this environment's: see `make test-sglang-cpu`")
+    torch = pytest.importorskip("torch")
+    hf = pytest.importorskip("transformers")
+    from tests.small_tokenizers import byte_level
+    from tokenfleet.engines.sglang_engine import SglangEngine, SglangOptions
+
+    backend = byte_level()
+    model = await asyncio.to_thread(_save_llama, folder, backend, torch, hf)
+    tolerance = 3e-2 if torch.cuda.is_available() else 1e-3  # see above
+    engine = SglangEngine(SglangOptions(model_name_or_path=str(folder), infer_dtype="float32", max_batch_size=8))
+    await engine.start()
+    try:
+        yield _of_hf(engine, backend, model, torch, tolerance)
+    finally:
+        await engine.close()
+
+
 def _of_hf(engine: Any, backend: Any, model: Any, torch: Any, tolerance: float = 1e-3) -> Subject:
     from tokenfleet.engines.hf_tokenizer import HFTokenizer
 
@@ -136,4 +156,5 @@ SUBJECTS: dict[str, Callable[[Path], AbstractAsyncContextManager[Subject]]] = {
     "scripted": scripted,
     "transformers": transformers,
     "vllm": vllm,
+    "sglang": sglang,
 }

@@ -1,0 +1,285 @@
+"""`SglangEngine`: checks a sequence, hands it to SGLang, passes its tokens on, sees whether SGLang lives."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
+from typing import Any
+
+from sglang.srt.managers.io_struct import EmbeddingReqInput
+
+from tokenfleet.engines.base import EngineInfo, Sequence, TokenChunk
+from tokenfleet.engines.grammar import GrammarCompiler
+from tokenfleet.engines.mailbox import Mailbox
+from tokenfleet.engines.sglang_engine.front import Reader
+from tokenfleet.engines.sglang_engine.loading import LoadedSglang, load
+from tokenfleet.engines.sglang_engine.options import SglangOptions
+from tokenfleet.engines.sglang_engine.params import sampling_params
+from tokenfleet.engines.sglang_engine.sampler import MARKER
+from tokenfleet.engines.stopping import ending_ids
+from tokenfleet.wire.chat import GenerationParams
+from tokenfleet.wire.errors import ContextLengthExceeded, EngineDead, EngineError, InvalidRequest
+
+
+class SglangEngine:
+    """A causal language model in `sglang.Engine`. See `engines.base.Engine`.
+
+    The scheduler is a child process (one a GPU); what reads its tokens is a task on the loop that `start` ran on."""
+
+    def __init__(self, options: SglangOptions) -> None:
+        self._options = options
+        self._loaded: LoadedSglang | None = None
+        self._active = 0
+        self._is_dead = False
+        self._watched: list[int] = []
+        self._numbers = itertools.count()
+        self._compiler: GrammarCompiler | None = None
+        self._scores: set[asyncio.Task[float]] = set()
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._started.info
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's `PreTrainedTokenizerBase`."""
+        return self._started.tokenizer
+
+    @property
+    def steps(self) -> int:
+        return int(self._started.front.tokenizer_manager.steps)
+
+    @property
+    def running(self) -> int:
+        # SGLang's own scheduler keeps the others waiting, first come, first served.
+        return min(self._active, self._options.max_batch_size)
+
+    @property
+    def _started(self) -> LoadedSglang:
+        if self._loaded is None:
+            raise EngineDead("The engine has not been started.")
+        return self._loaded
+
+    async def start(self) -> None:
+        if self._loaded is not None:
+            return
+        # In a thread: in the main one SGLang would take SIGQUIT over.
+        loaded = self._loaded = await asyncio.to_thread(load, self._options)
+        try:
+            self._watch(loaded)
+            self._compiler = GrammarCompiler(loaded.tokenizer, loaded.info.vocab_size)
+            await self._warm_up()
+        except BaseException:
+            await self.close()
+            raise
+
+    def _watch(self, loaded: LoadedSglang) -> None:
+        """Know at once when a process of the engine is gone."""
+        loop = asyncio.get_running_loop()
+        loaded.front.tokenizer_manager.on_failure = self._die
+        for child in loaded.front.children:
+            descriptor = os.pidfd_open(child.pid)
+            self._watched.append(descriptor)
+            loop.add_reader(descriptor, self._die)
+
+    def _die(self) -> None:
+        self._is_dead = True
+        self._stop_watching()
+        if self._loaded is not None:
+            for reader in self._loaded.front.tokenizer_manager.readers.values():
+                reader.mailbox.fail(_dead())
+        for score in self._scores:
+            score.cancel()
+
+    def _stop_watching(self) -> None:
+        watched, self._watched = self._watched, []
+        for descriptor in watched:
+            asyncio.get_running_loop().remove_reader(descriptor)
+            os.close(descriptor)
+
+    async def _warm_up(self) -> None:
+        """A token for each way to sample that is compiled or loaded at its first use."""
+        if self.info.can_score:
+            await self.score([(1, 1)])
+            return
+        for params in (GenerationParams(do_sample=False), GenerationParams(logprobs=True)):
+            async with aclosing(self.generate(Sequence("warm-up", (1, 1), params, 2))) as chunks:
+                async for _ in chunks:
+                    pass
+
+    async def generate(self, sequence: Sequence) -> AsyncGenerator[TokenChunk, None]:
+        await self.check()
+        if (over := _already_over(sequence)) is not None:
+            yield over
+            return
+        self._refuse_what_cannot_work(sequence)
+        if sequence.params.response_format.type != "text":
+            await asyncio.to_thread(self._check_grammar, sequence)
+        manager = self._started.front.tokenizer_manager
+        # SGLang aborts by prefix: all ids have one length. An aborted sequence's may come again at once.
+        rid = f"{next(self._numbers):016x}"
+        params = sequence.params
+        mailbox = Mailbox()
+        manager.readers[rid] = Reader(mailbox, params.top_logprobs if params.logprobs else None)
+        request = asyncio.create_task(self._request(rid, sequence, mailbox))
+        self._active += 1
+        is_over = False
+        try:
+            while not is_over:
+                chunk = await mailbox.take()
+                is_over = chunk.finish_reason is not None
+                yield chunk
+        finally:
+            self._active -= 1
+            del manager.readers[rid]
+            request.cancel()  # SGLang aborts what it has sent off and not seen the end of
+
+    async def _request(self, rid: str, sequence: Sequence, mailbox: Mailbox) -> None:
+        """Send a sequence to SGLang, and wait until SGLang has forgotten it."""
+        loaded, params = self._started, sequence.params
+        try:
+            outputs = await loaded.front.async_generate(
+                input_ids=[*sequence.prompt_ids, *sequence.delivered_ids],
+                sampling_params=sampling_params(sequence),
+                rid=rid,
+                stream=True,
+                return_logprob=params.logprobs,
+                top_logprobs_num=params.top_logprobs,
+                lora_path=loaded.lora.get(sequence.adapter),
+                custom_logit_processor=MARKER,
+            )
+            async with aclosing(outputs):
+                async for _ in outputs:
+                    pass
+        except asyncio.CancelledError:
+            raise
+        except ValueError as error:
+            mailbox.fail(InvalidRequest(f"SGLang refuses this request: {error}"))
+        except Exception as error:  # noqa: BLE001  # the reader's to raise
+            mailbox.fail(EngineError(f"SGLang failed this request: {error}"))
+        else:
+            mailbox.put((), (), "cancelled")  # no more than a word to nobody, unless SGLang gave it up by itself
+
+    def _check_grammar(self, sequence: Sequence) -> None:
+        """The scheduler has no way to refuse one: compile it here first."""
+        assert self._compiler is not None
+        stop_ids = ending_ids(sequence.params, sequence.eos_ids)
+        self._compiler.compile(sequence.params.response_format, sequence.delivered_ids, stop_ids)
+
+    def _refuse_what_cannot_work(self, sequence: Sequence) -> None:
+        info, params = self.info, sequence.params
+        if info.can_score:
+            raise InvalidRequest("This model gives scores, no text.", code="unsupported", hint="Ask for scores.")
+        prompt_tokens = len(sequence.prompt_ids)
+        if not prompt_tokens:
+            raise InvalidRequest("The prompt has no tokens.", param="prompt")
+        if prompt_tokens + sequence.max_new_tokens > info.context_tokens:
+            raise ContextLengthExceeded(
+                f"The prompt has {prompt_tokens} tokens; with {sequence.max_new_tokens} new ones that is more than "
+                f"the {info.context_tokens} there is room for.",
+                prompt_tokens=prompt_tokens,
+                max_new_tokens=sequence.max_new_tokens,
+                context_tokens=info.context_tokens,
+            )
+        self._refuse_foreign_ids("prompt", (*sequence.prompt_ids, *sequence.delivered_ids))
+        self._refuse_foreign_ids("logit_bias", params.logit_bias)
+        self._refuse_foreign_ids("stop_token_ids", params.stop_token_ids)
+        self._refuse_unknown_adapter(sequence.adapter)
+        if sequence.media:
+            raise InvalidRequest("This engine takes text only.", code="unsupported_parameter", param="media")
+        if params.num_beams > 1:
+            raise InvalidRequest(
+                "Beam search is not offered by this engine.", code="unsupported_parameter", param="num_beams"
+            )
+
+    def _refuse_foreign_ids(self, name: str, ids: Iterable[int]) -> None:
+        if any(not 0 <= token < self.info.vocab_size for token in ids):
+            raise InvalidRequest(
+                f"{name} has a token id outside of the model's vocabulary (0 to {self.info.vocab_size - 1}).",
+                param=name,
+            )
+
+    def _refuse_unknown_adapter(self, adapter: str | None) -> None:
+        if adapter is not None and adapter not in self.info.adapters:
+            raise InvalidRequest(
+                f"There is no adapter {adapter!r}.",
+                hint=f"Loaded: {', '.join(self.info.adapters) or 'none'}.",
+                param="adapter",
+            )
+
+    async def score(self, texts_ids: list[tuple[int, ...]], *, adapter: str | None = None) -> list[float]:
+        await self.check()
+        if not self.info.can_score:
+            raise EngineError(
+                "This model gives no scores: it was loaded to generate.",
+                code="unsupported",
+                hint="Serve a sequence classifier; a value head is for transformers or vLLM.",
+            )
+        self._refuse_unknown_adapter(adapter)
+        for ids in texts_ids:
+            self._refuse_foreign_ids("input", ids)
+            if not 0 < len(ids) <= self.info.context_tokens:
+                raise ContextLengthExceeded(
+                    f"A text has {len(ids)} tokens; 1 to {self.info.context_tokens} can be scored.",
+                    prompt_tokens=len(ids),
+                    context_tokens=self.info.context_tokens,
+                )
+        scores = [asyncio.create_task(self._score(ids, adapter)) for ids in texts_ids]
+        self._scores.update(scores)
+        try:
+            return list(await asyncio.gather(*scores))
+        except asyncio.CancelledError:
+            if self._is_dead:
+                raise _dead() from None
+            raise
+        finally:
+            for score in scores:
+                score.cancel()
+            self._scores.difference_update(scores)
+
+    async def _score(self, ids: tuple[int, ...], adapter: str | None) -> float:
+        loaded = self._started
+        request = EmbeddingReqInput(
+            input_ids=list(ids), rid=f"{next(self._numbers):016x}", lora_path=loaded.lora.get(adapter)
+        )
+        self._active += 1
+        try:
+            async with aclosing(loaded.front.tokenizer_manager.generate_request(request)) as outputs:
+                output = await anext(outputs)
+        except ValueError as error:
+            raise InvalidRequest(f"SGLang refuses this text: {error}") from error
+        finally:
+            self._active -= 1
+        return float(output["embedding"][0])
+
+    async def check(self) -> None:
+        self._started  # noqa: B018  # raises
+        if self._is_dead:
+            raise _dead()
+
+    async def close(self) -> None:
+        loaded, self._loaded = self._loaded, None
+        if loaded is None:
+            return
+        self._stop_watching()
+        for reader in loaded.front.tokenizer_manager.readers.values():
+            reader.mailbox.fail(EngineDead("The engine was closed."))
+        await asyncio.to_thread(loaded.front.stop)
+        await loaded.front.tokenizer_manager.close_channels()
+
+
+def _already_over(sequence: Sequence) -> TokenChunk | None:
+    """What is left of a continuation whose last token had been delivered when its worker died."""
+    delivered = sequence.delivered_ids
+    if delivered and delivered[-1] in ending_ids(sequence.params, sequence.eos_ids):
+        return TokenChunk((), (), "stop")
+    if len(delivered) >= sequence.max_new_tokens:
+        return TokenChunk((), (), "length")
+    return None
+
+
+def _dead() -> EngineDead:
+    return EngineDead("SGLang's scheduler has died.", hint="Its reason is in the worker's log.")

@@ -1,0 +1,176 @@
+"""Starts SGLang: where the model and its adapters are, the arguments, the scheduler's process."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenfleet.engines import models
+from tokenfleet.engines.base import EngineInfo
+from tokenfleet.engines.digests import folder_digest
+from tokenfleet.engines.sglang_engine import sampler
+from tokenfleet.engines.sglang_engine.front import FrontEnd
+from tokenfleet.engines.sglang_engine.options import SglangOptions
+from tokenfleet.wire.errors import ConfigurationError, EngineDead
+
+_FIXED = "fixed"
+_MOST_ADAPTERS_AT_ONCE = 8
+_CPU_POOL_TOKENS = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedSglang:
+    """``lora`` maps a request's adapter (None: no choice) to SGLang's name of it."""
+
+    front: FrontEnd
+    tokenizer: Any
+    """`transformers.PreTrainedTokenizerBase`"""
+    info: EngineInfo
+    lora: Mapping[str | None, str]
+
+
+def load(options: SglangOptions) -> LoadedSglang:
+    """Blocks for a minute; not for the main thread, in which SGLang takes signals over. Raises `ConfigurationError` for
+    what can't be loaded, `UnknownModel`, `EngineDead`."""
+    import sglang
+    import transformers
+
+    folder = _resolved(options.model_name_or_path, options, options.model_revision)
+    subfolder = options.adapter_folder or ""
+    adapters = {name: _resolved(path, options) / subfolder for name, path in options.adapters.items()}
+    fixed = [_resolved(name, options) / subfolder for name in options.adapter_name_or_path]
+    label = options.label or options.model_name_or_path.rstrip("/").rsplit("/", 1)[-1]
+    for adapter in (*adapters.values(), *fixed):
+        _check_adapter(adapter, options.allow_pickle)
+    lora: dict[str | None, str] = {None: _FIXED} if fixed else {name: name for name in adapters}
+    paths = {_FIXED: fixed[0]} if fixed else adapters
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+        front = FrontEnd(**_arguments(folder, paths, options))
+    except TypeError as error:
+        raise ConfigurationError(f"SGLang {sglang.__version__} does not know this of sglang_config: {error}") from error
+    except (RuntimeError, EOFError) as error:  # the scheduler's own reason is in its output, above
+        raise EngineDead(
+            f"SGLang's scheduler did not start for {label!r}: {_first_line(error)}",
+            hint="Its reason stands above; often too little memory: lower sglang_maxlen or sglang_mem_fraction.",
+        ) from error
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, AssertionError) as error:
+        raise ConfigurationError(f"The model {label!r} can't be loaded by SGLang: {_first_line(error)}") from error
+    manager = front.tokenizer_manager
+    model = manager.model_config
+    # Of prompt and answer together: SGLang silently cuts answers that end within two tokens of a limit of its own.
+    room = min(manager.context_len, front.pool_tokens) - 2
+    info = EngineInfo(
+        name="sglang",
+        version=sglang.__version__,
+        model=label,
+        fingerprint=_fingerprint(folder, fixed, adapters, str(model.dtype), options, sglang.__version__),
+        context_tokens=room,
+        slots=options.max_batch_size,
+        vocab_size=model.vocab_size,
+        adapters=tuple(adapters),
+        can_score=_is_classifier(folder),
+        eos_ids=_eos_ids(folder),
+    )
+    return LoadedSglang(front, tokenizer, info, lora)
+
+
+def _resolved(name: str, options: SglangOptions, revision: str | None = None) -> Path:
+    return models.resolve(name, revision=revision, allow_pickle=options.allow_pickle, cache=options.cache_dir)
+
+
+def _arguments(folder: Path, lora: Mapping[str, Path], options: SglangOptions) -> dict[str, Any]:
+    import torch
+
+    args: dict[str, Any] = {
+        "log_level": "warning",
+        "load_format": "auto" if options.allow_pickle else "safetensors",
+        "random_seed": 0,  # of nothing that a request sees; another one per start would be another order of ranks
+    }
+    if not torch.cuda.is_available():
+        args |= {
+            "device": "cpu", "attention_backend": "torch_native", "disable_cuda_graph": True,
+            "disable_overlap_schedule": True, "max_total_tokens": _CPU_POOL_TOKENS,
+        }  # fmt: skip
+    args |= {
+        **options.sglang_config,
+        "model_path": str(folder),
+        "tokenizer_path": str(folder),
+        "skip_tokenizer_init": True,
+        "trust_remote_code": options.trust_remote_code,
+        "dtype": options.infer_dtype,
+        "quantization": options.quantization,
+        "context_length": options.sglang_maxlen,
+        "tp_size": options.sglang_tp_size or max(1, torch.cuda.device_count()),
+        "max_running_requests": options.max_batch_size,
+        "sampling_backend": sampler.BACKEND,
+        "grammar_backend": "none",
+        "enable_custom_logit_processor": True,
+        "is_embedding": _is_classifier(folder),
+    }
+    if options.sglang_mem_fraction is not None:
+        args["mem_fraction_static"] = options.sglang_mem_fraction
+    if not torch.cuda.is_available() and options.infer_dtype == "auto":
+        args["dtype"] = "float32"
+    if lora:
+        args |= {"enable_lora": True, "lora_paths": {name: str(path) for name, path in lora.items()}}
+        args.setdefault("max_loras_per_batch", min(len(lora) + 1, _MOST_ADAPTERS_AT_ONCE))  # no adapter counts as one
+        if not torch.cuda.is_available():
+            args.setdefault("lora_backend", "torch_native")
+    return args
+
+
+def _is_classifier(folder: Path) -> bool:
+    """Whether SGLang's classify path gives this model's scores: it can't generate then."""
+    config = json.loads((folder / "config.json").read_text())
+    return any(
+        name.endswith(("ForSequenceClassification", "RewardModel")) for name in config.get("architectures") or ()
+    )
+
+
+def _check_adapter(folder: Path, allow_pickle: bool) -> None:
+    try:
+        int(json.loads((folder / "adapter_config.json").read_text())["r"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(
+            f"{folder.name!r} is no LoRA adapter: its adapter_config.json is missing or has no rank."
+        ) from error
+    if not allow_pickle and not (folder / "adapter_model.safetensors").is_file():
+        raise ConfigurationError(
+            f"The adapter {folder.name!r} has no adapter_model.safetensors.",
+            hint="Pickled weights can run code when loaded; set allow_pickle only for an adapter you trust.",
+        )
+
+
+def _eos_ids(folder: Path) -> frozenset[int]:
+    try:
+        eos = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id")
+    except FileNotFoundError:
+        return frozenset()
+    return frozenset(eos if isinstance(eos, list) else () if eos is None else (eos,))
+
+
+def _fingerprint(
+    folder: Path, fixed: list[Path], adapters: Mapping[str, Path], dtype: str, options: SglangOptions, version: str
+) -> str:
+    facts = {
+        "weights": [folder_digest(each) for each in (folder, *fixed)],
+        "adapters": {name: folder_digest(path) for name, path in adapters.items()},
+        "dtype": dtype,
+        "quantization": options.quantization,
+        # All of it: which of SGLang's arguments change the numbers is for SGLang to know.
+        "sglang_config": {name: repr(value) for name, value in sorted(options.sglang_config.items())},
+        "sglang": version,
+        "tokenfleet": importlib.metadata.version("tokenfleet"),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

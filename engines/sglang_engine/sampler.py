@@ -1,0 +1,206 @@
+"""Sampling in SGLang's scheduler process, with one meaning of all parameters.
+
+SGLang's own sampling cuts and biases in another order, counts no delivered ids, draws by seed only in a mode that seeds
+everything, and gives logprobs of what is left after all that. Nothing in here waits for the GPU, with one exception
+that `grammars` explains: SGLang prepares the next step while the GPU computes this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from sglang.srt.layers.sampler import Sampler, register_sampler_backend
+from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
+
+from tokenfleet.engines.sglang_engine.grammars import Grammars
+from tokenfleet.engines.sglang_engine.history import History
+from tokenfleet.engines.sglang_engine.params import KEY
+from tokenfleet.engines.sglang_engine.tensors import placed
+from tokenfleet.engines.sglang_engine.uniform import uniform
+
+BACKEND = "pytorch"
+"""The sampling backend in whose place ours comes: with a name of its own it would be dropped on a CPU."""
+
+
+class Marker(CustomLogitProcessor):
+    """Never called. SGLang hands a request's ``custom_params`` on only beside a processor's name."""
+
+    def __call__(self, logits: torch.Tensor, custom_param_list: Any = None) -> torch.Tensor:
+        return logits
+
+
+MARKER = Marker.to_str()
+
+
+def register() -> None:
+    """In a scheduler's process, before it makes its sampler."""
+    register_sampler_backend(BACKEND, FleetSampler)
+
+
+class FleetSampler(Sampler):
+    """One token for each row of a batch. Keeps what follows from the batch's parameters while the batch is the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._batch: Batch | None = None
+
+    def forward(
+        self,
+        logits_output: Any,
+        sampling_info: Any,
+        return_logprob: bool,
+        top_logprobs_nums: list[int],
+        token_ids_logprobs: list[list[int] | None],
+        positions: torch.Tensor,
+        **others: Any,
+    ) -> torch.Tensor:
+        """``next_token_logits`` ``[rows, vocab]`` to token ids ``[rows]``; ``positions`` ``[rows]`` are those of the
+        tokens that the logits follow. Writes logprobs of the model's own distribution to ``logits_output``."""
+        raw = logits_output.next_token_logits.float()
+        rows = sampling_info.custom_params if sampling_info.has_custom_logit_processor else None
+        batch = self._batch_of(rows or [None] * len(raw), raw)
+        ids = batch.sample(raw, positions)
+        if return_logprob:
+            logprobs = torch.log_softmax(raw, dim=-1)
+            found = self.output_logprob_processor.compute_logprobs(logprobs, top_logprobs_nums, token_ids_logprobs, ids)
+            found.write_output_to(logits_output)
+        self._sync_token_ids_across_tp(ids, sampling_info)
+        batch.record(ids, positions)
+        return ids
+
+    def _batch_of(self, rows: list[Any], raw: torch.Tensor) -> Batch:
+        # SGLang makes a new list when rows leave, and lengthens the list in place when some join.
+        if self._batch is None or self._batch.source is not rows or len(self._batch.rows) != len(rows):
+            self._batch = Batch(rows, raw.shape[-1], raw.device)
+        return self._batch
+
+
+class Batch:
+    """A fixed list of rows, each with the ``custom_params`` of its request (None: a request of SGLang's own)."""
+
+    def __init__(self, source: list[Any], vocab_size: int, device: torch.device) -> None:
+        self.source = source
+        self.rows: list[Mapping[str, Any]] = [row if row and KEY in row else {} for row in source]
+        self._vocab_size, self._device = vocab_size, device
+        rows, numbered = self.rows, list(enumerate(self.rows))
+        sampled = [place for place, row in numbered if "seed" in row]
+        has_top_k = {place for place in sampled if 0 < rows[place]["top_k"] < vocab_size}
+        has_cut = {place for place in sampled if rows[place]["top_p"] < 1 or rows[place]["min_p"] > 0}
+        self._most_top_k = max((rows[place]["top_k"] for place in has_top_k), default=0)
+        self._draws = [
+            (draw, self._index(places))
+            for draw, places in (
+                (self._draw_top_k, [place for place in sampled if place in has_top_k]),
+                (self._draw_nucleus, [place for place in sampled if place in has_cut - has_top_k]),
+                (self._draw_free, [place for place in sampled if place not in has_cut | has_top_k]),
+            )
+            if places
+        ]
+        cuts = self._columns({"temperature": 1.0, "top_p": 1.0, "min_p": 0.0}, torch.float32)
+        self._temperature, self._top_p, self._min_p = cuts
+        whole = self._columns({"top_k": 0, "seed": 0, "prompt": 0, "delivered": 0}, torch.int64)
+        self._top_k, self._keys, self._prompts, self._least = whole
+        self._bias = self._scatter([(p, i, v) for p, row in numbered for i, v in _pairs(row)])
+        barred = [(p, i, row["min_tokens"]) for p, row in numbered if "barred" in row for i in row["barred"]]
+        self._barred = self._scatter(barred)
+        self._history = History(rows, vocab_size, device)
+        self._grammars = Grammars(rows, vocab_size, device)
+
+    def sample(self, raw: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Token ids ``[rows]`` for ``raw`` logits ``[rows, vocab]``, which are left as they are."""
+        index = positions.long()[:, None] + 1 - self._prompts  # [rows, 1]: of the token to come, in its choice
+        scores = self._scores(raw, index)
+        ids = scores.argmax(dim=-1)
+        numbers = uniform(self._keys, index) if self._draws else None
+        for draw, places in self._draws:
+            if places is None:
+                ids = draw(scores, slice(None), numbers)
+            else:
+                ids[places] = draw(scores[places], places, numbers[places] if numbers is not None else None)
+        return ids
+
+    def record(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
+        """``ids`` ``[rows]`` are what came of it, but for rows whose prompt isn't read to its end yet."""
+        if self._history.is_needed or self._grammars.is_needed:
+            is_new = positions.long() + 1 - self._prompts[:, 0] >= self._least[:, 0]
+            self._history.record(ids, is_new)
+            self._grammars.record(ids, is_new)
+
+    def _scores(self, raw: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """``raw`` after bias, penalties, bars and grammars: what greedy maximises."""
+        if self._bias is None and self._barred is None and not (self._history.is_needed or self._grammars.is_needed):
+            return raw
+        scores = raw.clone()
+        if self._bias is not None:
+            rows, ids, values = self._bias
+            scores.index_put_((rows, ids), values, accumulate=True)
+        self._history.apply(scores)
+        unbarred = scores
+        if self._barred is not None:
+            rows, ids, least = self._barred
+            if self._grammars.is_needed:
+                unbarred = scores.clone()
+            scores[rows, ids] = torch.where(index[rows, 0] < least, -torch.inf, scores[rows, ids])
+        self._grammars.apply(scores, unbarred)
+        return scores
+
+    def _draw_top_k(self, scores: torch.Tensor, rows: Any, numbers: Any) -> torch.Tensor:
+        top_k = self._top_k[rows]
+        values, ids = scores.topk(self._most_top_k, dim=-1)
+        values = values.masked_fill(torch.arange(values.shape[-1], device=values.device) >= top_k, -torch.inf)
+        probabilities = torch.softmax((values - values[:, :1]) / self._temperature[rows], dim=-1)
+        return self._pick(self._cut(probabilities, rows), ids, numbers)
+
+    def _draw_nucleus(self, scores: torch.Tensor, rows: Any, numbers: Any) -> torch.Tensor:
+        scaled = (scores - scores.amax(dim=-1, keepdim=True)) / self._temperature[rows]
+        probabilities, ids = torch.softmax(scaled, dim=-1).sort(dim=-1, descending=True)
+        return self._pick(self._cut(probabilities, rows), ids, numbers)
+
+    def _draw_free(self, scores: torch.Tensor, rows: Any, numbers: Any) -> torch.Tensor:
+        scaled = (scores - scores.amax(dim=-1, keepdim=True)) / self._temperature[rows]
+        return _inverse(scaled.exp(), numbers)
+
+    def _cut(self, probabilities: torch.Tensor, rows: Any) -> torch.Tensor:
+        """Zero what top_p and min_p exclude; ``probabilities`` are in descending order."""
+        before = probabilities.cumsum(dim=-1) - probabilities
+        kept = (before < self._top_p[rows]) & (probabilities >= self._min_p[rows] * probabilities[:, :1])
+        kept[:, 0] = True
+        return probabilities * kept
+
+    def _pick(self, probabilities: torch.Tensor, ids: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        # In the order of ids: sorted by probability, two near-equal candidates that swap places because another
+        # batch rounded differently would change the outcome.
+        ids, order = ids.sort(dim=-1)
+        place = _inverse(probabilities.gather(-1, order), numbers)
+        return ids.gather(-1, place[:, None])[:, 0]
+
+    def _index(self, places: Sequence[int]) -> torch.Tensor | None:
+        """None for all rows."""
+        return None if len(places) == len(self.rows) else placed(places, torch.int64, self._device)
+
+    def _columns(self, defaults: Mapping[str, float], dtype: torch.dtype) -> list[torch.Tensor]:
+        """A tensor ``[rows, 1]`` for each name."""
+        values = [[row.get(name, value) for name, value in defaults.items()] for row in self.rows]
+        return list(placed(values, dtype, self._device).split(1, dim=1))
+
+    def _scatter(self, entries: list[tuple[int, int, float]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        entries = [entry for entry in entries if entry[1] < self._vocab_size]
+        if not entries:
+            return None
+        rows, ids, values = zip(*entries, strict=True)
+        place = torch.int64, self._device
+        return placed(rows, *place), placed(ids, *place), placed(values, torch.float32, self._device)
+
+
+def _pairs(row: Mapping[str, Any]) -> Any:
+    return zip(row.get("bias_ids", ()), row.get("bias", ()), strict=True)
+
+
+def _inverse(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """The place in each row of ``weights`` where its number in [0, 1) falls."""
+    cumulated = weights.double().cumsum(dim=-1)
+    total = cumulated[:, -1:]
+    target = torch.minimum(numbers * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulated, target, right=True)[:, 0].clamp(max=weights.shape[-1] - 1)

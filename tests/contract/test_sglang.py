@@ -1,0 +1,175 @@
+"""What only the SGLang engine does. `make test-sglang-cpu` has an environment for it; elsewhere these are skipped."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import re
+import signal
+from contextlib import aclosing
+
+import psutil
+import pytest
+import pytest_asyncio
+
+from tests.processes import all_gone
+from tokenfleet.engines.base import Sequence
+from tokenfleet.wire.chat import GenerationParams
+from tokenfleet.wire.errors import ContextLengthExceeded, EngineDead, InvalidRequest
+
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("sglang") is None,
+        reason="sglang is not installed: its pins exclude this environment's, see `make test-sglang-cpu`",
+    ),
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.timeout(400),
+]
+PROMPT = (40, 41, 42, 43)
+
+
+def options_of(folder, **others):
+    from tokenfleet.engines.sglang_engine import SglangOptions
+
+    adapters = {name: str(folder / name) for name in "ab" if (folder / name).is_dir()}
+    return SglangOptions(
+        model_name_or_path=str(folder / "model"), infer_dtype="float32", max_batch_size=4, adapters=adapters, **others
+    )
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def models(tmp_path_factory):
+    """An engine with two adapters, and the plain model of each choice."""
+    import torch
+    import transformers as hf
+
+    from tests.contract import small_models
+    from tests.contract.subjects import _save_llama
+    from tests.small_tokenizers import byte_level
+    from tokenfleet.engines.sglang_engine import SglangEngine
+
+    folder = tmp_path_factory.mktemp("sglang")
+    plain = {None: _save_llama(folder / "model", byte_level(), torch, hf)}
+    for seed, name in enumerate("ab"):
+        plain[name] = small_models.save_lora(folder / "model", folder / name, seed=seed)
+    engine = SglangEngine(options_of(folder))
+    await engine.start()
+    yield engine, plain
+    await engine.close()
+
+
+async def ids_of(engine, adapter=None, **params):
+    params = GenerationParams(**{"max_new_tokens": 16, "do_sample": False, **params})
+    sequence = Sequence(
+        f"s-{adapter}", PROMPT, params, params.max_new_tokens, seed=params.seed, adapter=adapter, eos_ids=frozenset({1})
+    )
+    async with aclosing(engine.generate(sequence)) as chunks:
+        return [token for chunk in [chunk async for chunk in chunks] for token in chunk.ids]
+
+
+async def test_each_request_is_computed_with_its_own_adapter_in_one_batch(models):
+    import torch
+
+    engine, plain = models
+    answers = await asyncio.gather(*(ids_of(engine, name, ignore_eos=True) for name in plain))
+    assert len({tuple(ids) for ids in answers}) == 3
+    for model, ids in zip(plain.values(), answers, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*PROMPT, *ids]])).logits[0, len(PROMPT) - 1 : -1]
+        chosen = logits[torch.arange(len(ids)), torch.tensor(ids)]
+        assert bool((chosen >= logits.amax(-1) - 1e-2).all())
+
+
+async def test_an_answer_of_a_grammar_is_whole(models):
+    engine, _ = models
+    wanted = {"type": "grammar", "grammar": 'start: "yes" | "no"'}
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    for seed in range(3):
+        ids = await ids_of(engine, do_sample=True, seed=seed, max_new_tokens=200, response_format=wanted)
+        assert re.fullmatch("yes|no", engine.tokenizer.decode(ids, skip_special_tokens=True))
+    shaped = {"type": "json_schema", "json_schema": {"name": "x", "schema": {**schema, "additionalProperties": False}}}
+    ids = await ids_of(engine, max_new_tokens=200, response_format=shaped)
+    assert isinstance(json.loads(engine.tokenizer.decode(ids, skip_special_tokens=True))["ok"], bool)
+
+
+async def test_to_the_last_token_that_fits_and_no_further(models):
+    engine, _ = models
+    room = engine.info.context_tokens - len(PROMPT)
+    assert len(await ids_of(engine, max_new_tokens=room, ignore_eos=True)) == room
+    with pytest.raises(ContextLengthExceeded):
+        await ids_of(engine, max_new_tokens=room + 1, ignore_eos=True)
+
+
+async def test_leaving_ends_one_request_alone_and_is_forgotten(models):
+    """SGLang aborts whatever begins with the id it is told: here ids 1 and 10 to 19 would go together."""
+    engine, _ = models
+    manager = engine._started.front.tokenizer_manager
+    params = GenerationParams(do_sample=False, ignore_eos=True)
+    expected = await ids_of(engine, max_new_tokens=100, ignore_eos=True)
+
+    async def leave():
+        async with aclosing(engine.generate(Sequence("x", PROMPT, params, 400))) as chunks:
+            await anext(chunks)
+
+    staying = [asyncio.create_task(ids_of(engine, max_new_tokens=100, ignore_eos=True)) for _ in range(3)]
+    for _ in range(17):
+        await leave()
+    assert await asyncio.gather(*staying) == [expected] * 3
+    async with asyncio.timeout(10):
+        while manager.rid_to_state or manager.readers:
+            await asyncio.sleep(0.01)
+
+
+async def test_the_process_keeps_its_signals_and_its_event_loop(models):
+    assert signal.getsignal(signal.SIGQUIT) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert type(asyncio.get_event_loop_policy()).__module__.startswith("asyncio")
+
+
+async def test_a_scheduler_that_fails_is_an_engine_fault_and_nobody_elses(models):
+    """It would send SIGQUIT to this process, which has no handler for it and would end."""
+    engine, _ = models
+    params = GenerationParams(do_sample=False, ignore_eos=True)
+    front = engine._started.front
+    [scheduler] = front.children
+    assert scheduler in psutil.Process().children()
+
+    async def read_and_break():
+        async with aclosing(engine.generate(Sequence("dies", PROMPT, params, 400))) as chunks:
+            await anext(chunks)
+            await front.tokenizer_manager.send_to_scheduler.send(b"no message of SGLang's")
+            async for _ in chunks:
+                pass
+
+    async with asyncio.timeout(5):
+        with pytest.raises(EngineDead):
+            await read_and_break()
+    with pytest.raises(EngineDead):
+        await engine.check()
+    with pytest.raises(EngineDead):
+        await ids_of(engine)
+    await engine.close()
+    assert all_gone([scheduler.pid])
+    await engine.close()
+
+
+async def test_a_sequence_classifier_scores_and_writes_nothing(tmp_path):
+    import torch
+
+    from tests.contract import small_models
+    from tokenfleet.engines.sglang_engine import SglangEngine
+
+    model = small_models.save_classifier(tmp_path / "model").eval()
+    texts = [(5, 6, 7), tuple(range(40, 90)), (99,)]
+    engine = SglangEngine(options_of(tmp_path))
+    await engine.start()
+    try:
+        with torch.no_grad():
+            expected = [model(torch.tensor([ids])).logits[0, 0].item() for ids in texts]
+        assert await engine.score(texts) == pytest.approx(expected, abs=1e-3)
+        assert len({round(value, 3) for value in expected}) == 3
+        with pytest.raises(InvalidRequest):
+            await ids_of(engine)
+    finally:
+        await engine.close()
