@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from tokenfleet.wire.errors import ConfigurationError
+from tokenfleet.wire.errors import ConfigurationError, InvalidRequest
 
 if TYPE_CHECKING:
     from tokenfleet.engines.base import Engine, Media
@@ -74,6 +74,7 @@ def options_of(model: type[Options], args: Mapping[str, Any], name: str) -> Opti
 async def _scripted(args: Mapping[str, Any], settings: ModelSettings) -> Loaded:
     from tokenfleet.engines.prompts import RenderedPrompt
     from tokenfleet.engines.scripted import ScriptedEngine, ScriptedOptions
+    from tokenfleet.engines.templates.choice import offer
 
     given = {**args} if settings.slots is None else {"slots": settings.slots, **args}
     engine = ScriptedEngine(options_of(ScriptedOptions, given, "scripted"))
@@ -87,7 +88,13 @@ async def _scripted(args: Mapping[str, Any], settings: ModelSettings) -> Loaded:
             ids = tokenizer.encode(request.prompt) if isinstance(request.prompt, str) else list(request.prompt)
         # What it is told to say may hold calls and thoughts as Qwen's models write them.
         parser: dict[str, Any] = {}
-        if request.tools and request.tool_choice != "none":
+        offered = offer(request)
+        if offered.forced is not None:
+            raise InvalidRequest(
+                "A script can't be made to call a tool.", code="unsupported_parameter", hint='Use tool_choice="auto".',
+                param="tool_choice",
+            )  # fmt: skip
+        if offered.tools:
             parser["tools"] = "qwen"
             if not request.parallel_tool_calls:
                 parser["parallel"] = False

@@ -144,6 +144,7 @@ def test_completions_of_several_prompts_stream_side_by_side(client: openai.OpenA
     ({"guided_choice": ["a"]}, "unsupported_parameter"),
     ({"structured_outputs": {"json": {}, "regex": "a"}}, "invalid_request"),
     ({"reasoning_effort": "x"}, "invalid_request"),
+    ({"tools": TOOLS, "tool_choice": "required"}, "unsupported_parameter"), ({"tool_choice": "x"}, "invalid_request"),
     ({"stream": True, "response_format": {"type": "json_object"}}, "unsupported_parameter"),
     ({"stream": True, "messages": [{"role": "user", "content": "word " * 40_000}]}, "context_length_exceeded"),
 ])  # fmt: skip

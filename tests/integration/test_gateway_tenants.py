@@ -239,3 +239,30 @@ def test_a_compressed_body_is_refused_unread(gateways: list[Gateway], keys: dict
     headers = {"Content-Encoding": "gzip", "Content-Type": "application/json", "body": "\x1f\x8b"}
     answer = call(gateways[0], "/v1/chat/completions", keys["bob"], "POST", **headers)
     assert (answer.status, answer.code) == (415, "unsupported_encoding")
+
+
+def test_a_response_is_its_tenants_alone(gateways: list[Gateway], keys: dict[str, str]) -> None:
+    alice, bob = (client_of(gateways[0], keys[name]).responses for name in ("alice", "bob"))
+    made = alice.create(model=MODEL, input="Hi.", max_output_tokens=4, background=True)
+    tries: list[Any] = [
+        bob.retrieve, bob.cancel, bob.delete, lambda i: list(bob.retrieve(i, stream=True)),
+        lambda i: list(bob.input_items.list(i)),
+    ]  # fmt: skip
+    for attempt in tries:
+        with pytest.raises(openai.NotFoundError) as caught:
+            attempt(made.id)
+        assert caught.value.code == "response_not_found"
+    with pytest.raises(openai.BadRequestError) as refused:
+        bob.create(model=MODEL, input="Hi.", previous_response_id=made.id)
+    assert refused.value.code == "previous_response_not_found"
+    assert alice.retrieve(made.id).id == made.id
+
+
+def test_a_responses_key_is_one_response(gateways: list[Gateway], keys: dict[str, str]) -> None:
+    asked: dict[str, Any] = {"model": MODEL, "input": "Go on.", "max_output_tokens": 20}
+    once: dict[str, Any] = {"extra_headers": {"Idempotency-Key": "one response"}}
+    first, again = (client_of(gateway, keys["alice"]).responses.create(**asked, **once) for gateway in gateways)
+    assert first == again
+    assert client_of(gateways[0], keys["bob"]).responses.create(**asked, **once).id != first.id
+    with pytest.raises(openai.ConflictError):
+        client_of(gateways[0], keys["alice"]).responses.create(**{**asked, "max_output_tokens": 21}, **once)
