@@ -36,7 +36,7 @@ PART_ROWS, PART_BYTES, PART_AGE_S = 500, 4 * 1024 * 1024, 3600.0
 """When ended rows become a part: sooner than their jobs' retention ends."""
 _HELD_BYTES = 64 * 1024 * 1024
 """Rows that run, and ended ones that wait for an earlier one, are held up to here."""
-_DONE_KEEP_MS = 600_000
+_DONE_KEEP_MS = 60_000
 """A row in a part needs its job no more; a driver that was fenced may still ask for a moment."""
 
 

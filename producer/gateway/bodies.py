@@ -16,6 +16,8 @@ from tokenfleet.wire.errors import InvalidRequest
 
 MAX_DEPTH = 64
 MAX_CONTAINERS = 100_000
+MAX_VALUES = 1_000_000
+"""Commas, or quotes: beyond, even looking at it, let alone parsing, takes hundreds of megabytes."""
 # Beyond this many bytes, parsing would hold up all other streams of the process for more than about a millisecond.
 _INLINE_BYTES = 256 * 1024
 # Possessive, and content with the end in place of the closing quote: linear for any input.
@@ -65,6 +67,8 @@ def parse_object(body: bytes) -> dict[str, Any]:
 
 def check_nesting(body: bytes) -> None:
     """Refuse what is nested too deep, or in too many pieces, without parsing it."""
+    if max(body.count(b","), body.count(b'"')) > MAX_VALUES:
+        raise InvalidRequest(f"The body may have at most {MAX_VALUES} commas or quotes.", code="invalid_json")
     if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
         return
     brackets = _STRING.sub(b"", body).translate(None, _OTHER)
