@@ -102,7 +102,7 @@ def offline_sglang(args: argparse.Namespace) -> None:
 
     engine = sglang.Engine(
         model_path=args.model, dtype="bfloat16", max_running_requests=args.streams, context_length=CONTEXT_TOKENS,
-        log_level="error", **args.options,
+        log_level="error", sampling_backend="pytorch", **args.options,
     )  # fmt: skip
     sampling = {"temperature": 1, "max_new_tokens": args.tokens, "ignore_eos": True}
 

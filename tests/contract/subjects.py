@@ -118,7 +118,11 @@ async def sglang(folder: Path) -> AsyncIterator[Subject]:
     backend = byte_level()
     model = await asyncio.to_thread(_save_llama, folder, backend, torch, hf)
     tolerance = 3e-2 if torch.cuda.is_available() else 1e-3  # see above
-    engine = SglangEngine(SglangOptions(model_name_or_path=str(folder), infer_dtype="float32", max_batch_size=8))
+    # On a GPU SGLang's default attention takes 16 bits only.
+    config = {"attention_backend": "triton"} if torch.cuda.is_available() else {}
+    engine = SglangEngine(
+        SglangOptions(model_name_or_path=str(folder), infer_dtype="float32", max_batch_size=8, sglang_config=config)
+    )
     await engine.start()
     try:
         yield _of_hf(engine, backend, model, torch, tolerance)
