@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers.generation import GenerationMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from tokenfleet.engines import models
 from tokenfleet.engines.rewards import RewardHead, classifier_head, find_value_head
@@ -156,6 +157,7 @@ def load(options: TransformersOptions) -> LoadedModel:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+        _refuse_unknown_quantisation(config)
         _scale_rope(config, options)
         media = None
         if _is_multimodal(config):
@@ -231,6 +233,14 @@ def _quantization(options: TransformersOptions) -> Any:
             if bits != 8:
                 raise ConfigurationError("eetq quantises to 8 bits only.", hint="Set quantization_bit to 8.")
             return transformers.EetqConfig()
+
+
+def _refuse_unknown_quantisation(config: Any) -> None:
+    """transformers only warns, and loads packed weights as if they were plain ones."""
+    given = getattr(config, "quantization_config", None)
+    if isinstance(given, dict) and not AutoHfQuantizer.supports_quant_method(given):
+        method = str(given.get("quant_method", ""))
+        raise ValueError(f"transformers {transformers.__version__} doesn't know its quant_method {method!r}.")
 
 
 def _scale_rope(config: Any, options: TransformersOptions) -> None:

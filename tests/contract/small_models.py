@@ -68,6 +68,13 @@ def save(family: str, folder: Path, *, poisoned_id: int | None = None):
     return _saved(model, folder)
 
 
+def save_wide(folder: Path):
+    """A Llama whose layers are some of bitsandbytes' blocks of 64 wide, and of which the answers are clear."""
+    torch.manual_seed(3)
+    config = hf.LlamaConfig(**{**_SIZE, "hidden_size": 128, "intermediate_size": 256}, tie_word_embeddings=False)
+    return _saved(hf.LlamaForCausalLM(config).eval().float(), folder)
+
+
 def save_stateful(folder: Path):
     config = hf.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4)
     return _saved(hf.MambaForCausalLM(config), folder)

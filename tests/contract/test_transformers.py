@@ -346,7 +346,6 @@ async def test_closing_cancels_what_runs_and_what_waits(tmp_path):
 async def test_what_can_not_be_loaded_says_why(tmp_path):
     small_models.save("llama", tmp_path)
     for options, reason in (
-        ({"quantization_bit": 4}, "bitsandbytes"),
         ({"adapters": {"a": str(tmp_path)}}, "adapter"),
         ({"device": "cuda"}, "GPU"),
     ):
