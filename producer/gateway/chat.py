@@ -30,7 +30,7 @@ from tokenfleet.producer.gateway.metrics import Observed
 from tokenfleet.producer.gateway.streaming import Source, event_stream, last_event_id
 from tokenfleet.producer.gateway.webhooks import KINDS, webhook_of
 from tokenfleet.wire.chat import ChatRequest, ScoreRequest
-from tokenfleet.wire.errors import InvalidRequest, JobCancelled
+from tokenfleet.wire.errors import InvalidRequest, JobCancelled, Overloaded
 from tokenfleet.wire.events import AnyEvent, Finished, Usage
 from tokenfleet.wire.jobs import JobOptions
 from tokenfleet.wire.keys import new_id
@@ -117,7 +117,15 @@ async def submit(
     options = await asked_for(request, options, key)
     job_id = new_id() if key is None else id_of_key(options.tenant, key)
     media = taken_media(request)
-    return await client.submit_request(chat, options, model=model, job_id=job_id, shown=shown, media=media), model
+    try:
+        job = await client.submit_request(chat, options, model=model, job_id=job_id, shown=shown, media=media)
+    except (
+        Overloaded
+    ):  # which comes after the look at the served models, so this is one: a label, not a stranger's text
+        request.state.served_model = name
+        raise
+    request.state.served_model = name
+    return job, model
 
 
 async def asked_for(request: Request, options: JobOptions, key: str | None) -> JobOptions:

@@ -74,7 +74,7 @@ def install(app: FastAPI) -> None:
 
 async def on_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, TokenfleetError)
-    request.app.state.metrics.refusals.labels(error.code).inc()
+    request.app.state.metrics.refusals.labels(getattr(request.state, "served_model", ""), error.code).inc()
     return error_response(error)
 
 

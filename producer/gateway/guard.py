@@ -43,7 +43,7 @@ class Guard:
                 extra += rate.headers()
                 rate.raise_if_refused()
         except TokenfleetError as error:
-            scope["app"].state.metrics.refusals.labels(error.code).inc()
+            scope["app"].state.metrics.refusals.labels("", error.code).inc()
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1008})
             else:

@@ -31,7 +31,10 @@ class Metrics:
         self._registry = r = CollectorRegistry()
         model = ("model",)
         self.requests = Counter("tokenfleet_requests", "Requests answered", ("route", "status"), registry=r)
-        self.refusals = Counter("tokenfleet_refusals", "Requests refused, by error code", ("code",), registry=r)
+        self.refusals = Counter(
+            "tokenfleet_refusals", "Requests refused; model is empty where it was not known yet", ("model", "code"),
+            registry=r,
+        )  # fmt: skip
         self.queue_wait = Histogram(
             "tokenfleet_queue_wait_seconds", "Submit to a worker's start", model, registry=r, buckets=_SECONDS
         )

@@ -148,10 +148,17 @@ def test_completions_of_several_prompts_stream_side_by_side(client: openai.OpenA
     ({"stream": True, "response_format": {"type": "json_object"}}, "unsupported_parameter"),
     ({"stream": True, "messages": [{"role": "user", "content": "word " * 40_000}]}, "context_length_exceeded"),
 ])  # fmt: skip
-def test_refusals_are_statuses_even_of_streams(client: openai.OpenAI, extra: dict[str, Any], code: str) -> None:
+def test_refusals_are_statuses_even_of_streams(
+    client: openai.OpenAI, served: Fleet, extra: dict[str, Any], code: str
+) -> None:
+    def prefills() -> int:
+        return sum(line["event"] == "prefill" for line in served.workers[0].record)
+
+    before = prefills()
     with pytest.raises(openai.BadRequestError) as caught:
         client.post("/chat/completions", body={"model": MODEL, "messages": MESSAGES, **extra}, cast_to=object)
     assert caught.value.code == code
+    assert prefills() == before  # no engine was touched
     if code == "context_length_exceeded":
         assert re.search(r"\d{5}.*\d{4}", caught.value.message)
 
@@ -255,13 +262,16 @@ def test_metrics_tell_what_requests_met_and_nothing_about_them(served: Fleet) ->
             assert call(gateway, "/v1/chat/completions", {**body, "stream": True})[0] == 200
         assert call(gateway, "/v1/chat/completions", {**body, "temperature": -1})[0] == 400
         assert call(gateway, "/v1/chat/completions", {**body, "model": secret})[0] == 404
+        long = [{"role": "user", "content": "word " * 40_000}]
+        assert call(gateway, "/v1/chat/completions", {**body, "messages": long})[0] == 400
         for _ in range(8):  # whichever process answers
             text = call(gateway, "/metrics")[1].decode()
             assert 'tokenfleet_time_to_first_token_seconds_count{model="scripted"} 6.0' in text
             assert 'tokenfleet_completion_tokens_total{model="scripted"} 120.0' in text
             assert 'tokenfleet_queue_wait_seconds_count{model="scripted"} 6.0' in text
-            assert 'tokenfleet_refusals_total{code="unknown_model"} 1.0' in text
-            assert 'tokenfleet_requests_total{route="/v1/chat/completions",status="400"} 1.0' in text
+            assert 'tokenfleet_refusals_total{code="unknown_model",model=""} 1.0' in text
+            assert 'tokenfleet_refusals_total{code="context_length_exceeded",model="scripted"} 1.0' in text
+            assert 'tokenfleet_requests_total{route="/v1/chat/completions",status="400"} 2.0' in text
             assert 'tokenfleet_workers{model="scripted"} 1.0' in text
             assert secret not in text
             assert "mallory" not in text
