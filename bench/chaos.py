@@ -28,7 +28,7 @@ from bench.chaos_failover import wait_cost
 from bench.chaos_leaks import leak_run
 from bench.chaos_report import Row, keep, kept, percentile, write_table
 from tests.faults.checker import Verdict
-from tests.faults.trial import Trial, aborted, running
+from tests.faults.trial import Trial, ends, running
 from tests.fleets import Fleet, Worker, wait_until
 from tests.sentinels import replicated
 from tests.servers import RedisServer, new_fleet_name, running_server
@@ -190,7 +190,7 @@ def zombies(scale: Scale, seed: int) -> Row:
             victim.kill_group(signal.SIGCONT)
             back = time.monotonic()
             wait_until(lambda victim=victim: not running(victim), 10, "the zombie's slots are free")
-            freed_s.append(time.monotonic() - back)
+            freed_s.append(max(0.0, *(t - back for t in ends(victim).values())))
             run.pause(1.0, 2.0)
         row = judged(run, "a worker frozen for 5 s, then back", seed, scale.streams * scale.outages)
         row.notes = row.notes or f"all its slots free {', '.join(f'{s:.2f}' for s in freed_s)} s after it woke"
@@ -284,10 +284,11 @@ def cancels(scale: Scale, seed: int) -> Row:
     with streaming(scale, seed) as run:
         freed_s = []
         for reading in run.trial.readings:
-            before, began = sum(map(aborted, run.fleet.workers)), time.monotonic()
+            began = time.monotonic()
             reading.job.cancel()
-            wait_until(lambda before=before: sum(map(aborted, run.fleet.workers)) > before, 10, "a free slot")
-            freed_s.append(time.monotonic() - began)
+            job = reading.job.id
+            t = wait_until(lambda job=job: _ended_t(run, job), 10, "a free slot")
+            freed_s.append(t - began)
         run.fault("cancels", cuts=False)
         row = judged(run, "cancel of running jobs", seed, scale.streams)
         row.recoveries_s = freed_s
@@ -296,6 +297,13 @@ def cancels(scale: Scale, seed: int) -> Row:
             f"slot free: p50 {percentile(freed_s, 50):.3f} s, p99 {percentile(freed_s, 99):.3f} s; success: cancelled"
         )
         return row
+
+
+def _ended_t(run: Run, job_id: str) -> float:
+    """When the job's sequence left its engine, by the engine's own record; 0 while it has not."""
+    return max(
+        (t for w in run.fleet.workers for sequence, t in ends(w).items() if sequence.startswith(job_id)), default=0
+    )
 
 
 def flood(scale: Scale, seed: int) -> Row:

@@ -233,10 +233,15 @@ def aborted(worker: Worker) -> int:
     return sum(line["event"] == "end" and line["reason"] == "abort" for line in worker.record)
 
 
+def ends(worker: Worker) -> dict[str, float]:
+    """When each sequence last left this worker's engine, by its own record; monotonic seconds."""
+    return {line["sequence_id"]: line["t"] for line in worker.record if line["event"] == "end"}
+
+
 def running(worker: Worker) -> set[str]:
     """Sequences that hold a slot of this worker's engine."""
     begun = {line["sequence_id"] for line in worker.record if line["event"] == "prefill"}
     return begun - {line["sequence_id"] for line in worker.record if line["event"] == "end"}
 
 
-__all__ = ["History", "Reading", "Trial", "aborted", "dump", "ledger_of", "running"]
+__all__ = ["History", "Reading", "Trial", "aborted", "dump", "ends", "ledger_of", "running"]

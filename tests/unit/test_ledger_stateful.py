@@ -174,13 +174,18 @@ class LedgerMachine(RuleBasedStateMachine):
         if status == "ok":
             attempt.seq, attempt.tokens = attempt.seq + n, attempt.tokens + tokens
 
-    @rule(a=which, w=which, how=st.sampled_from(["handover", "died", "died"]))
-    def taken_over(self, a: int, w: int, how: str) -> None:
-        """Given up and claimed again: its earlier attempts are zombies from here on."""
-        if owning := [x for x in self.attempts if is_running(x.job) and x.owner == x.job.owner]:
-            attempt = owning[a % len(owning)]
-            self._release(attempt, how, again=False)
-            self._claim(attempt.job, self.worker(w), again=False)
+    @rule(a=which, w=which, how=st.sampled_from(["handover", "died", "died"]), times=st.integers(1, 4))
+    def taken_over(self, a: int, w: int, how: str, times: int) -> None:
+        """Given up and claimed again, perhaps until it has no strike left: its earlier attempts are zombies then."""
+        owning = [x for x in self.attempts if is_running(x.job) and x.owner == x.job.owner]
+        alive = [worker for worker in self.workers if worker in self.model.workers]
+        if not owning or not alive:
+            return
+        job = owning[a % len(owning)].job
+        for _ in range(times):
+            if is_running(job):
+                self._release(next(x for x in self.attempts if x.owner == job.owner), how, again=False)
+                self._claim(job, alive[w % len(alive)], again=False)
 
     @rule(a=which, n=st.integers(1, 3), final=st.sampled_from(["", "", "finished"]))
     def zombie_appends(self, a: int, n: int, final: str) -> None:
