@@ -188,7 +188,8 @@ class Ledger:
         `FleetUnavailable`."""
         priority = int(options.lane)
         pairs: list[scripts.Arg] = ["request", request, "retention_ms", int(options.kept_s * 1000)]
-        stored = options.model_dump_json(exclude_defaults=True)
+        # What stands in a field of its own is not said twice: a worker of an older release need not know it.
+        stored = options.model_dump_json(exclude_defaults=True, exclude={"webhook", "webhook_kind"})
         if stored != "{}":
             pairs += ["options", stored]
         if links:

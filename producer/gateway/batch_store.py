@@ -10,10 +10,12 @@ import msgspec
 
 from tokenfleet.producer.gateway.errors import NotFound
 from tokenfleet.wire import scripts
-from tokenfleet.wire.errors import InvalidRequest, JobConflict
+from tokenfleet.wire.errors import InvalidRequest, JobConflict, Overloaded
 from tokenfleet.wire.keys import Keys
 
 ENDED = frozenset({"completed", "failed", "expired", "cancelled"})
+MOST_UNENDED = 100
+"""Batches of one tenant."""
 _ID = re.compile(r"batch_[0-9a-f]{32}")
 
 
@@ -125,8 +127,13 @@ class BatchStore:
         self._keep_ms = int(retention_s * 1000)
 
     async def create(self, batch_id: str, tenant: str, fixed: Fixed, digest: str, hook: bytes) -> None:
-        """The same again is a no-op. Raises `JobConflict`."""
-        reply = await self._run("create", batch_id, digest, tenant, msgspec.json.encode(fixed), hook)
+        """The same again is a no-op. Raises `JobConflict`, `Overloaded`."""
+        reply = await self._run("create", batch_id, digest, tenant, msgspec.json.encode(fixed), hook, MOST_UNENDED)
+        if reply[0] == b"full":
+            raise Overloaded(
+                f"{MOST_UNENDED} of your batches have not ended; you may have no more.", code="too_many_batches",
+                hint="Try again when one has ended.", retry_after_s=60.0,
+            )  # fmt: skip
         if reply[0] == b"conflict":
             raise JobConflict("This Idempotency-Key was used with another batch.", hint="Use a new key.")
 

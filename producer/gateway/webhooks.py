@@ -36,7 +36,7 @@ KINDS = {"/v1/chat/completions": "chat.completion", "/v1/responses": "response",
 _POLL_S = 0.5
 _AT_ONCE = 16
 _TIMEOUT_S = 10.0
-_HOLD_MS = 60_000
+_HOLD_MS = 20_000
 """Longer than an attempt may take: after that its gateway is dead, and another one tries."""
 _MOST_S = 3600.0
 _GONE = 410

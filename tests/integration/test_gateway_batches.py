@@ -297,3 +297,26 @@ def test_two_gateways_never_drive_one_batch(client: openai.OpenAI, served: Fleet
     assert batch.request_counts.completed == 100
     begun = [line for line in served.workers[0].record[before:] if line["event"] == "prefill"]
     assert len(begun) == 100
+
+
+def test_files_and_batches_are_counted(fleet: Fleet, tmp_path: Path) -> None:
+    """Without a worker: batches wait, a hundred of them and no more."""
+    fleet.start_worker().kill_group()
+    gateway = start_gateway(fleet, storage=tmp_path / "s", max_stored_bytes=2000)
+    try:
+        with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as client:
+            file_id = upload(client, [row("a")])
+            wanted = {"input_file_id": file_id, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+            for _ in range(100):
+                client.batches.create(**wanted)
+            with pytest.raises(openai.RateLimitError) as caught:
+                client.batches.create(**wanted)
+            assert caught.value.code == "too_many_batches"
+            with pytest.raises(openai.APIStatusError) as full:
+                client.files.create(file=("large.jsonl", b"x" * 1990), purpose="batch")
+            assert full.value.code == "storage_full"
+            client.files.delete(file_id)
+            assert client.files.create(file=("large.jsonl", b"x" * 1990), purpose="batch").bytes == 1990
+            assert len(list((tmp_path / "s" / "files").iterdir())) == 1
+    finally:
+        gateway.close()

@@ -99,7 +99,7 @@ def test_another_gateway_delivers_what_a_dead_one_could_not(
         wait_until(lambda: seen.calls, 20)
         doomed.close()
         is_up = True
-        wait_until(lambda: len(seen.calls) >= 2 and seen.calls[-1], 20)
+        wait_until(lambda: len(seen.calls) >= 2 and seen.calls[-1], 40)
         assert client.webhooks.unwrap(seen.calls[-1].body, seen.calls[-1].headers, secret=secret)
         wait_until(lambda: not served.redis.client().zcard(f"tokenfleet:{served.redis.fleet}:hooks"), 10)
 

@@ -1,5 +1,6 @@
 -- Batches: many rows of a file, driven by whoever holds the batch's lease; all writes of a driver are fenced by it.
--- ARGV: prefix, 'create', id, digest, tenant, fixed, hook or '' → {'created'} | {'exists'} | {'conflict'}
+-- ARGV: prefix, 'create', id, digest, tenant, fixed, hook or '', at most → {'created'} | {'exists'} | {'conflict'} |
+--   {'full'}: so many of the tenant's have not ended
 -- ARGV: prefix, 'take', owner, lease_ms, at most → {id, …}: batches that nobody drives, the oldest first
 -- ARGV: prefix, 'save', id, owner, lease_ms, keep_ms, field, value, … → {'ok', status} | {'fenced'}
 -- ARGV: prefix, 'release', id, owner → {'ok'}
@@ -11,6 +12,11 @@ local ENDED = { completed = true, failed = true, expired = true, cancelled = tru
 if op == 'create' then
   local known = redis.call('HGET', key, 'digest')
   if known then return { known == ARGV[4] and 'exists' or 'conflict' } end
+  local mine = 0
+  for _, each in ipairs(redis.call('ZRANGE', active, 0, -1)) do
+    if redis.call('HGET', P .. 'batch:' .. each, 'tenant') == ARGV[5] then mine = mine + 1 end
+  end
+  if mine >= num(ARGV[8]) then return { 'full' } end
   redis.call('HSET', key, 'digest', ARGV[4], 'tenant', ARGV[5], 'fixed', ARGV[6], 'status', 'validating',
     'created_ms', NOW, 'owner', '', 'lease_ms', 0)
   if ARGV[7] ~= '' then redis.call('HSET', key, 'hook', ARGV[7]) end

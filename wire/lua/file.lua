@@ -8,7 +8,8 @@ if ARGV[2] == 'add' then
   if known then return { 'exists', known } end
   local tenant, bytes, ends = ARGV[5], num(ARGV[6]), num(ARGV[7])
   local stored = num(redis.call('HGET', used, tenant))
-  if stored + bytes > num(ARGV[8]) then return { 'full', stored } end
+  local is_full = redis.call('ZCARD', P .. 'files:' .. tenant) >= 10000 -- small ones fill Redis, too
+  if stored + bytes > num(ARGV[8]) or (is_full and num(ARGV[8]) < 2 ^ 53) then return { 'full', stored } end
   redis.call('SET', key, ARGV[4])
   redis.call('HINCRBY', used, tenant, bytes)
   redis.call('ZADD', P .. 'files:' .. tenant, NOW, id)
