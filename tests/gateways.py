@@ -30,7 +30,8 @@ def start_gateway(fleet: Fleet, *, wait: bool = True, **settings: Any) -> Gatewa
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    values = {"redis_url": fleet.redis.url, "fleet": fleet.redis.fleet, "port": port, **settings}
+    values = {"redis_url": fleet.redis.url, "fleet": fleet.redis.fleet, "port": port}
+    values |= {"storage": fleet.folder / "storage", **settings}
     env = {**os.environ, **{f"TOKENFLEET_GATEWAY_{name.upper()}": str(value) for name, value in values.items()}}
     reader, lifeline = os.pipe()
     command = [sys.executable, str(ROOT / "tests" / "die_with_parent.py"), str(reader), sys.executable]

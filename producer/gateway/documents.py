@@ -41,6 +41,15 @@ _SAMPLING: Schema = {
     "priority": {"enum": ["interactive", "normal", "batch"]},
     "retention_s": {**_NUMBER, "exclusiveMinimum": 0},
 }
+_WEBHOOK: Schema = {
+    "webhook": {
+        "type": ["object", "null"],
+        "properties": {"url": _TEXT},
+        "required": ["url"],
+        "additionalProperties": False,
+        "description": "Told when it has ended.",
+    }
+}
 _TOOLS: Schema = {
     "tools": {"type": ["array", "null"], "items": {"type": "object"}},
     "tool_choice": {"anyOf": [{"enum": ["auto", "none", "required"]}, {"type": "object"}]},
@@ -62,6 +71,7 @@ CHAT = _body(
     {
         **_SAMPLING,
         **_TOOLS,
+        **_WEBHOOK,
         "messages": {"type": "array", "items": _MESSAGE, "minItems": 1},
         "stream_options": _OBJECT,
         "n": _COUNT,
@@ -91,6 +101,7 @@ RESPONSES = _body(
     {
         **_SAMPLING,
         **_TOOLS,
+        **_WEBHOOK,
         "input": {"anyOf": [_TEXT, {"type": "array", "items": {"type": "object"}}]},
         "instructions": {"type": ["string", "null"]},
         "background": _FLAG,
@@ -134,6 +145,7 @@ FILES: Schema = {
 }
 BATCHES = _json(
     {
+        **_WEBHOOK,
         "input_file_id": _TEXT,
         "endpoint": {
             "enum": ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/score/evaluation"],
