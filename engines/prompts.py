@@ -56,6 +56,13 @@ class RenderedPrompt:
     """What was tokenised by itself, in order: texts and special tokens."""
     media: tuple[MediaPart, ...] = ()
     """In the order of their placeholders in ``text``."""
+    expanded_tokens: int | None = None
+    """What the prompt comes to where the engine, and not ``ids``, writes out its media."""
+
+    @property
+    def tokens(self) -> int:
+        """What the prompt counts for in the context and in usage."""
+        return len(self.ids) if self.expanded_tokens is None else self.expanded_tokens
 
 
 def load_template(name: str | None, tokenizer: Tokenizer) -> Template | None:
@@ -71,11 +78,13 @@ def renderer(
     enable_thinking: bool | None = None,
     options: PromptOptions = _DEFAULTS,
     expansion_of: Callable[[tuple[Media, ...]], Expansion] | None = None,
+    tokens_of: Callable[[tuple[int, ...], tuple[Media, ...]], int] | None = None,
 ) -> Callable[[ChatRequest, tuple[Media, ...]], RenderedPrompt]:
     """`render` for one served model. None means "not set" here. Raises `ConfigurationError` (an unknown name).
 
     ``expansion_of`` says what the model reads in the place of a request's media; it may take long (it decodes them)
-    and raises `InvalidRequest`. Without it their places are words such as ``<image>``."""
+    and raises `InvalidRequest`. Without it their places are words such as ``<image>``. ``tokens_of`` counts a prompt's
+    tokens where the engine writes out media by itself."""
     if default_system is not None:
         options = replace(options, default_system=default_system)
     if enable_thinking is not None:
@@ -84,7 +93,10 @@ def renderer(
 
     def render_one(request: ChatRequest, media: tuple[Media, ...] = ()) -> RenderedPrompt:
         expansion = expansion_of(media) if media and expansion_of else None
-        return render(request, tokenizer, loaded, options=options, expansion=expansion)
+        prompt = render(request, tokenizer, loaded, options=options, expansion=expansion)
+        if media and tokens_of is not None:
+            prompt = replace(prompt, expanded_tokens=tokens_of(prompt.ids, media))
+        return prompt
 
     return render_one
 

@@ -167,6 +167,7 @@ def _with_hf_tokenizer(engine: Any, settings: ModelSettings) -> Loaded:
             default_system=settings.default_system,
             enable_thinking=settings.enable_thinking,
             expansion_of=media.expansion if media else None,
+            tokens_of=getattr(media, "tokens_of", None),
         ),
     )
 

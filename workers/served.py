@@ -112,7 +112,7 @@ class Served:
             attempt=claim.epoch,
             prompt_ids=ids,
             params=request.params,
-            max_new_tokens=resolve_max_new_tokens(request.params, len(ids), info.context_tokens),
+            max_new_tokens=resolve_max_new_tokens(request.params, prompt.tokens, info.context_tokens),
             eos_ids=self.loaded.tokenizer.eos_ids | info.eos_ids | frozenset(prompt.stop_token_ids),
             stop=prompt.stop_strings,
             visible_ids=frozenset(prompt.visible_ids),
@@ -124,7 +124,7 @@ class Served:
                 for index, choice in delivered.choices.items()
             },
         )
-        return Prepared(ids, len(ids), dict(prompt.parser), is_fresh, job)
+        return Prepared(ids, prompt.tokens, dict(prompt.parser), is_fresh, job)
 
     def _check_continuable(self, request: ChatRequest, claim: Claim) -> None:
         info = self.engine.info

@@ -17,6 +17,7 @@ import transformers
 from tokenfleet.engines.base import EngineInfo, Sequence, TokenChunk
 from tokenfleet.engines.grammar import GrammarCompiler
 from tokenfleet.engines.mailbox import Mailbox
+from tokenfleet.engines.media.failures import check_kinds
 from tokenfleet.engines.stopping import ending_ids
 from tokenfleet.engines.support import check_supported
 from tokenfleet.engines.transformers_engine.batch import MediaInputs, PromptPass, Row
@@ -222,14 +223,7 @@ class TransformersEngine:
                     f"{name} has a token id outside of the model's vocabulary (0 to {info.vocab_size - 1}).", param=name
                 )
         self._refuse_unknown_adapter(sequence.adapter)
-        for medium in sequence.media:
-            if medium.kind not in info.modalities:
-                raise InvalidRequest(
-                    f"This model takes no {medium.kind}.",
-                    code="unsupported_modality",
-                    hint=f"It takes: {', '.join(info.modalities)}.",
-                    param="messages",
-                )
+        check_kinds(info.modalities, sequence.media)
         check_supported("transformers", params)
         check_search(params, prompt_tokens + sequence.max_new_tokens, info.slots, self._budget_tokens)
 

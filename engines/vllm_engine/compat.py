@@ -56,6 +56,13 @@ def token_prompt(ids: list[int]) -> Any:
     return tokens_input(ids)
 
 
+def parsed_prompt(model_config: Any, prompt: Mapping[str, Any]) -> Any:
+    """A prompt with media as vLLM's renderer takes it."""
+    from vllm.renderers.inputs.preprocess import parse_model_prompt
+
+    return parse_model_prompt(model_config, prompt)
+
+
 def structured_outputs(**constraint: str) -> Mapping[str, Any]:
     """The keyword argument of `SamplingParams` that holds it to a grammar. Raises `ValueError` or vLLM's own error."""
     from vllm.sampling_params import StructuredOutputsParams

@@ -12,9 +12,11 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from tokenfleet.engines.base import EngineInfo, Sequence, TokenChunk
 from tokenfleet.engines.grammar import GrammarCompiler
+from tokenfleet.engines.media.failures import check_kinds
 from tokenfleet.engines.stopping import ending_ids
 from tokenfleet.engines.vllm_engine import compat
 from tokenfleet.engines.vllm_engine.loading import LoadedVllm, load
+from tokenfleet.engines.vllm_engine.media import VllmMedia
 from tokenfleet.engines.vllm_engine.options import VllmOptions
 from tokenfleet.engines.vllm_engine.params import pooling_params, sampling_params
 from tokenfleet.engines.vllm_engine.steps import StepReader
@@ -48,6 +50,11 @@ class VllmEngine:
         return self._started.tokenizer
 
     @property
+    def media(self) -> VllmMedia | None:
+        """How media come into this model's prompts; None for a model of texts."""
+        return self._started.media
+
+    @property
     def steps(self) -> int:
         return 0 if self._reader is None else self._reader.steps
 
@@ -67,6 +74,8 @@ class VllmEngine:
             return
         self._loaded = loaded = await asyncio.to_thread(load, self._options)
         self._reader = StepReader(loaded.engine.engine_core)
+        if loaded.media is not None:
+            loaded.media.serve()
         try:
             self._tasks = await loaded.engine.get_supported_tasks()
             await self._warm_up()
@@ -97,7 +106,7 @@ class VllmEngine:
         core, reader = self._started.engine.engine_core, self._steps_reader
         request = self._request(
             request_id,
-            (*sequence.prompt_ids, *sequence.delivered_ids),
+            await self._prompt(sequence),
             sampling_params(sequence, self._started.tokenizer_facts),
             sequence.adapter,
             param=None if params.response_format.type == "text" else "response_format",
@@ -123,15 +132,31 @@ class VllmEngine:
         wanted = sequence.params.response_format
         await asyncio.to_thread(self._compiler.compile, wanted, sequence.delivered_ids, frozenset(ends))
 
-    def _request(
-        self, request_id: str, ids: tuple[int, ...], params: Any, adapter: str | None, param: str | None = None
-    ) -> Any:
+    async def _prompt(self, sequence: Sequence) -> Any:
+        """vLLM's engine input. Raises `InvalidRequest`, and `ContextLengthExceeded` for what its media come to."""
+        ids = (*sequence.prompt_ids, *sequence.delivered_ids)
+        if not sequence.media:
+            return compat.token_prompt(list(ids))
+        assert self._started.media is not None
+        prompt = await self._started.media.prompt(ids, sequence.media)
+        tokens, room = len(prompt["prompt_token_ids"]), self.info.context_tokens
+        if tokens >= room:
+            raise ContextLengthExceeded(
+                f"The prompt has {tokens} tokens with its media; there is room for {room}.",
+                hint="Send fewer or smaller media.",
+                prompt_tokens=tokens - len(sequence.delivered_ids),
+                max_new_tokens=sequence.max_new_tokens,
+                context_tokens=room,
+            )
+        return prompt
+
+    def _request(self, request_id: str, prompt: Any, params: Any, adapter: str | None, param: str | None = None) -> Any:
         """An `EngineCoreRequest`; ``params``: `SamplingParams` or `PoolingParams`. Raises `InvalidRequest` that names
         ``param``: all that vLLM refuses beside a grammar was refused before."""
         loaded = self._started
         try:
             request = loaded.engine.input_processor.process_inputs(
-                request_id, compat.token_prompt(list(ids)), params, self._tasks, lora_request=loaded.lora.get(adapter)
+                request_id, prompt, params, self._tasks, lora_request=loaded.lora.get(adapter)
             )
         except compat.request_errors() as error:
             named = {} if param is None else {"param": param}
@@ -166,8 +191,7 @@ class VllmEngine:
         self._refuse_unknown_adapter(sequence.adapter)
         if len(params.logit_bias) > _MOST_BIASES:
             raise InvalidRequest(f"logit_bias has more than {_MOST_BIASES} tokens.", param="logit_bias")
-        if sequence.media:
-            raise InvalidRequest("This engine takes text only.", code="unsupported_parameter", param="media")
+        check_kinds(info.modalities, sequence.media)
         if params.num_beams > 1:
             raise InvalidRequest(
                 "Beam search is not offered by this engine.", code="unsupported_parameter", param="num_beams"
@@ -215,7 +239,8 @@ class VllmEngine:
     async def _score(self, ids: tuple[int, ...], adapter: str | None) -> float:
         loaded, reader = self._started, self._steps_reader
         request_id = f"score-{next(self._numbers)}"
-        request = self._request(request_id, ids, pooling_params(is_hidden=loaded.head is not None), adapter)
+        prompt = compat.token_prompt(list(ids))
+        request = self._request(request_id, prompt, pooling_params(is_hidden=loaded.head is not None), adapter)
         pooled = reader.open_reward(request_id)
         try:
             await loaded.engine.engine_core.add_request_async(request)

@@ -15,10 +15,12 @@ from typing import Any
 from tokenfleet.engines import models
 from tokenfleet.engines.base import EngineInfo
 from tokenfleet.engines.digests import folder_digest
+from tokenfleet.engines.media import MediaSettings
 from tokenfleet.engines.rewards import RewardHead, find_value_head
 from tokenfleet.engines.rope import scaled
 from tokenfleet.engines.vllm_engine import adapters as lora
 from tokenfleet.engines.vllm_engine import compat
+from tokenfleet.engines.vllm_engine.media import VllmMedia
 from tokenfleet.engines.vllm_engine.options import VllmOptions
 from tokenfleet.wire.errors import ConfigurationError, EngineDead
 
@@ -35,6 +37,8 @@ class LoadedVllm:
     """`transformers.PreTrainedTokenizerBase`"""
     info: EngineInfo
     lora: Mapping[str | None, Any]
+    media: VllmMedia | None
+    """None: a model of texts."""
     head: RewardHead | None
     """What makes a score of a last hidden state. None: the model makes it, if it is a classifier."""
     folders: contextlib.ExitStack
@@ -64,7 +68,9 @@ def load(options: VllmOptions) -> LoadedVllm:
     with contextlib.ExitStack() as folders:
         parts = _parts(options, folders)
         engine, tokenizer = _started(parts, options)
-        info = _info(engine.model_config, parts, options)
+        takes_media = engine.model_config.is_multimodal_model and not parts.is_pooling
+        media = VllmMedia(engine, options) if takes_media else None
+        info = _info(engine.model_config, parts, options, media.modalities if media else ())
         from vllm.lora.request import LoRARequest
 
         requests = {
@@ -76,7 +82,7 @@ def load(options: VllmOptions) -> LoadedVllm:
             "trust_remote_code": options.trust_remote_code,
             "vocab_size": info.vocab_size,
         }
-        return LoadedVllm(engine, tokenizer, info, requests, parts.head, folders.pop_all(), facts)
+        return LoadedVllm(engine, tokenizer, info, requests, media, parts.head, folders.pop_all(), facts)
 
 
 def _parts(options: VllmOptions, folders: contextlib.ExitStack) -> _Parts:
@@ -145,7 +151,7 @@ def _started(parts: _Parts, options: VllmOptions) -> tuple[Any, Any]:
         raise ConfigurationError(f"The model {label!r} can't be loaded by vLLM: {_first_line(error)}") from error
 
 
-def _info(model: Any, parts: _Parts, options: VllmOptions) -> EngineInfo:
+def _info(model: Any, parts: _Parts, options: VllmOptions, modalities: tuple[str, ...]) -> EngineInfo:
     """``model``: `vllm.config.ModelConfig`"""
     import vllm
 
@@ -159,6 +165,7 @@ def _info(model: Any, parts: _Parts, options: VllmOptions) -> EngineInfo:
         vocab_size=model.get_vocab_size(),
         adapters=tuple(parts.chosen),
         can_score=parts.is_pooling,
+        modalities=("text", *modalities),
         eos_ids=_eos_ids(parts.model),
     )
 
@@ -287,6 +294,7 @@ def _fingerprint(parts: _Parts, dtype: str, options: VllmOptions, version: str) 
         "rope_scaling": options.rope_scaling,
         # All of it: which of vLLM's arguments change the numbers is for vLLM to know.
         "vllm_config": {name: repr(value) for name, value in sorted(options.vllm_config.items())},
+        "media": {name: getattr(options, name) for name in MediaSettings.model_fields if not name.startswith("media_")},
         "vllm": version,
         "tokenfleet": importlib.metadata.version("tokenfleet"),
     }

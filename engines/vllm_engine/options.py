@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
+
+from tokenfleet.engines.media.settings import MediaSettings
 
 OWN = frozenset(
     {
@@ -41,7 +43,7 @@ def _without_own(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-class VllmOptions(BaseModel):
+class VllmOptions(MediaSettings):
     """Frozen; unknown names are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())

@@ -40,10 +40,10 @@ def chat(image="", video="", audio=""):
     return CHAT.replace("IMAGE", image).replace("VIDEO", video).replace("AUDIO", audio)
 
 
-def save(family: str, folder: Path):
+def save(family: str, folder: Path, **more):
     """Save a model, its tokenizer and its processor to ``folder``; gives the plain model to compare with."""
     torch.manual_seed(7)
-    model = _MAKERS[family](folder).eval().float()
+    model = _MAKERS[family](folder, **more).eval().float()
     with torch.no_grad():  # what an image or a sound is must reach the answer
         for name, parameter in model.named_parameters():
             if "projector" in name or "merger" in name:
@@ -57,14 +57,14 @@ def _ids(tok, *tokens):
     return [tok.convert_tokens_to_ids(token) for token in tokens]
 
 
-def _llava(folder):
+def _llava(folder, **text):
     tok = tokenizer()
     vision = hf.CLIPVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14,
         initializer_range=0.3,
     )  # fmt: skip
     config = hf.LlavaConfig(
-        vision_config=vision, text_config=hf.LlamaConfig(**TEXT, vocab_size=len(tok)),
+        vision_config=vision, text_config=hf.LlamaConfig(**TEXT, vocab_size=len(tok), **text),
         image_token_id=_ids(tok, "<image>")[0], vision_feature_select_strategy="default", vision_feature_layer=-1,
     )  # fmt: skip
     images = hf.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})

@@ -244,3 +244,76 @@ async def test_what_can_not_be_loaded_says_why(tmp_path):
         with pytest.raises(ConfigurationError, match="on a CPU"):
             async with started(tmp_path / "model", quantization_bit=8):
                 pass
+
+
+# -- media ------------------------------------------------------------------------------------------------------------
+
+
+async def test_images_are_seen_and_counted_beside_texts(tmp_path):
+    pytest.importorskip("torchvision", reason="vLLM's models that see need it; see docs/media.md")
+    from dataclasses import replace
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from tests import media_files
+    from tests.contract import small_multimodal
+    from tests.contract.test_media import chat
+    from tokenfleet.engines.base import Media
+    from tokenfleet.engines.registry import ModelSettings, load
+
+    model = small_multimodal.save("llava", tmp_path, head_dim=32)
+    weights = load_file(tmp_path / "model.safetensors")
+    named = {name.replace("vision_tower.", "vision_tower.vision_model.", 1): value for name, value in weights.items()}
+    save_file(named, tmp_path / "model.safetensors", {"format": "pt"})  # as the hub's checkpoints have them
+    args = {
+        "model_name_or_path": str(tmp_path), "max_batch_size": 4, "vllm_enforce_eager": True, "infer_dtype": "float32",
+        "vllm_config": {"kv_cache_memory_bytes": 1 << 27}, "vllm_maxlen": 256,
+    }  # fmt: skip
+    loaded = await load("vllm", args, ModelSettings("m"))
+    engine = loaded.engine
+    try:
+        assert engine.info.modalities == ("text", "image")
+        images = [Media("image", media_files.image_file(seed, (60 + 20 * seed, 44))) for seed in (1, 2)]
+
+        async def asked(content, media):
+            prompt = await asyncio.to_thread(loaded.render, chat(content, media), tuple(media))
+            params = GenerationParams(do_sample=False, ignore_eos=True)
+            return prompt, Sequence("s", prompt.ids, params, 12, media=tuple(media))
+
+        async def answer(sequence):
+            ids = list(sequence.delivered_ids)
+            async with aclosing(engine.generate(sequence)) as chunks:
+                async for chunk in chunks:
+                    ids += chunk.ids
+            return ids
+
+        asks = [
+            await asked(["image", "What is this?"], images[:1]),
+            await asked(["image", "What is this?"], images[1:]),
+            await asked(["Compare ", "image", " with ", "image"], images),
+            await asked(["Hello"], []),
+        ]
+        answers = await asyncio.gather(*(answer(sequence) for _, sequence in asks))
+        token = model.config.image_token_id
+        from tokenfleet.engines.media import MediaSettings, decode
+
+        processor = small_multimodal.hf.AutoProcessor.from_pretrained(tmp_path)
+        for (prompt, sequence), ids in zip(asks, answers, strict=True):
+            expanded = [each for one in sequence.prompt_ids for each in ([token] * 4 if one == token else [one])]
+            assert prompt.tokens == len(expanded)
+            pictures = list(decode(sequence.media, MediaSettings()).images)
+            inputs = processor.image_processor(pictures, return_tensors="pt") if pictures else {}
+            with torch.inference_mode():
+                logits = model(input_ids=torch.tensor([[*expanded, *ids]]), **inputs).logits[0, len(expanded) - 1 : -1]
+            gaps = logits.max(-1).values - logits.gather(-1, torch.tensor(ids)[:, None])[:, 0]
+            assert gaps.max().item() < 1e-3
+        assert answers[0] != answers[1]
+        assert await answer(replace(asks[2][1], delivered_ids=tuple(answers[2][:5]))) == answers[2]
+        with pytest.raises(InvalidRequest) as caught:
+            await asked(["image"], [Media("image", b"nothing")])
+        assert caught.value.code == "invalid_media"
+        with pytest.raises(ContextLengthExceeded):
+            await answer((await asked(["image"] * 70, [images[0]] * 70))[1])
+    finally:
+        await engine.close()

@@ -1,0 +1,99 @@
+"""Media in vLLM: decoded here, under our limits and sizes, then processed and written into the prompt by vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from tokenfleet.engines.base import Media
+from tokenfleet.engines.media import Decoded, MediaSettings, Video, decode
+from tokenfleet.engines.media.decoding import Recent, digest_of
+from tokenfleet.engines.templates.expansion import Expansion
+from tokenfleet.engines.vllm_engine import compat
+from tokenfleet.wire.errors import InvalidRequest
+
+_KEPT_BYTES = 128 << 20
+
+
+class VllmMedia:
+    """For one started `AsyncLLM`. ``modalities``: what the model takes beside text."""
+
+    def __init__(self, engine: Any, settings: MediaSettings) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._events: asyncio.AbstractEventLoop | None = None
+        limits = engine.renderer.get_mm_processor().info.supported_mm_limits
+        self.modalities = tuple(kind for kind in ("image", "video", "audio") if kind in limits)
+        vision = getattr(engine.model_config.hf_config, "vision_config", None)
+        self._is_qwen = hasattr(vision, "spatial_merge_size") and hasattr(vision, "temporal_patch_size")
+        self._recent: Recent[Decoded] = Recent(_KEPT_BYTES, _size_of)
+
+    def serve(self) -> None:
+        """Called on the event loop that the engine runs on."""
+        self._events = asyncio.get_running_loop()
+
+    def expansion(self, media: Sequence[Media]) -> Expansion:
+        """vLLM writes out a model's token by itself; it must stand once for each medium."""
+        return Expansion()
+
+    def tokens_of(self, ids: Sequence[int], media: Sequence[Media]) -> int:
+        """How many tokens the prompt has with its media written out. Called in a thread, never on the event loop.
+
+        Raises `InvalidRequest`."""
+        assert self._events is not None
+        return len(asyncio.run_coroutine_threadsafe(self.prompt(ids, media), self._events).result()["prompt_token_ids"])
+
+    async def prompt(self, ids: Sequence[int], media: Sequence[Media]) -> Any:
+        """vLLM's engine input. Raises `InvalidRequest` for media that can't be decoded or that the model can't take."""
+        decoded = await asyncio.to_thread(self._decoded, media)
+        renderer = self._engine.renderer
+        more: dict[str, Any] = {}
+        if "skip_mm_cache" in inspect.signature(renderer.render_cmpl_async).parameters:
+            # That cache leaves out what the core has seen before, in the order of rendering, which is not that of
+            # the requests' arrival there.
+            more["skip_mm_cache"] = True
+        prompt = {"prompt_token_ids": list(ids), "multi_modal_data": _data(decoded, self._settings)}
+        try:
+            parsed = compat.parsed_prompt(self._engine.model_config, prompt)
+            (made,) = await renderer.render_cmpl_async([parsed], renderer.default_cmpl_tok_params, **more)
+        except compat.request_errors() as error:
+            raise InvalidRequest(
+                f"vLLM can't take the media: {error}", code="invalid_media", param="messages",
+                hint="Does the model's template have a place for each?",
+            ) from error  # fmt: skip
+        return made
+
+    def _decoded(self, media: Sequence[Media]) -> Decoded:
+        return self._recent.get(digest_of(media), lambda: decode(media, self._settings, is_qwen=self._is_qwen))
+
+
+def _data(decoded: Decoded, settings: MediaSettings) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    if decoded.images:
+        data["image"] = list(decoded.images)
+    if decoded.videos:
+        data["video"] = [_video(video, settings) for video in decoded.videos]
+    if decoded.audios:
+        data["audio"] = [(samples, settings.audio_sampling_rate) for samples in decoded.audios]
+    return data
+
+
+def _video(video: Video, settings: MediaSettings) -> tuple[Any, dict[str, Any]]:
+    """Frames ``[frames, height, width, 3]`` and what vLLM is to know of them: that none is to be left out."""
+    import numpy as np
+
+    return np.stack([np.asarray(frame) for frame in video.frames]), {
+        "fps": settings.video_fps,
+        "duration": video.duration_s,
+        "total_num_frames": len(video.frames),
+        "frames_indices": [index / video.source_fps * settings.video_fps for index in video.indices],
+        "video_backend": "tokenfleet",
+        "do_sample_frames": False,
+    }
+
+
+def _size_of(decoded: Decoded) -> int:
+    frames = [*decoded.images, *(frame for video in decoded.videos for frame in video.frames)]
+    return sum(4 * frame.width * frame.height for frame in frames) + sum(sound.nbytes for sound in decoded.audios)
