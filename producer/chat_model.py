@@ -38,10 +38,10 @@ class ChatModel:
     def __init__(self, args: Mapping[str, Any] | None = None) -> None:
         self.args, self._defaults = split_arguments(args or {})
         self._fleet: LocalFleet | None = None
-        url, fleet = self.args.redis_url, self.args.fleet
+        url, fleet, media = self.args.redis_url, self.args.fleet, None
         if url is None:
             self._fleet = _start(self.args)
-            url, fleet = self._fleet.url, self._fleet.fleet
+            url, fleet, media = self._fleet.url, self._fleet.fleet, self._fleet.media
         elif self.args.model_name_or_path:
             raise ConfigurationError(
                 "redis_url and model_name_or_path exclude one another.",
@@ -49,7 +49,7 @@ class ChatModel:
             )
         try:
             model = self.args.served_as if self._fleet is not None or self.args.model else None
-            self._client = Client(url, fleet=fleet, model=model)
+            self._client = Client(url, fleet=fleet, model=model, media=media)
         except BaseException:
             self._stop()
             raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -23,6 +24,7 @@ from tokenfleet.producer.local_fleet_steps import (
     ready_steps,
 )
 from tokenfleet.wire.local_files import FleetFolder, FleetState, LocalFleetConfig, fleet_folder, runtime_base
+from tokenfleet.wire.media import MediaSettings
 
 
 class LocalFleet:
@@ -51,6 +53,12 @@ class LocalFleet:
         """What its ready workers serve."""
         state = self.state()
         return state.models if state else ()
+
+    @property
+    def media(self) -> MediaSettings:
+        """For clients: with the folder that its workers look into."""
+        state = self.state()
+        return MediaSettings(folder=Path(state.media_folder) if state and state.media_folder else None)
 
     def state(self) -> FleetState | None:
         """As its supervisor last told; None if there is no supervisor any more, unless the fleet failed."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tokenfleet.producer.chat_model import ChatModel, Response
     from tokenfleet.producer.sync import Client, Job, JobStream
     from tokenfleet.wire.errors import TokenfleetError
+    from tokenfleet.wire.media import MediaSettings
     from tokenfleet.wire.results import ChatResult
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ _HOMES = {
     "Client": "producer.sync",
     "Job": "producer.sync",
     "JobStream": "producer.sync",
+    "MediaSettings": "wire.media",
     "Response": "producer.chat_model",
     "TokenfleetError": "wire.errors",
 }
@@ -39,6 +41,7 @@ __all__ = [
     "Client",
     "Job",
     "JobStream",
+    "MediaSettings",
     "Response",
     "TokenfleetError",
 ]

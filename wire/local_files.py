@@ -130,6 +130,8 @@ class FleetState(Supervision, frozen=True, omit_defaults=True, kw_only=True):
     state: Literal["starting", "loading", "ready", "failed", "stopping"]
     name: str
     url: str = ""
+    media_folder: str = ""
+    """Where media too large for Redis lie: for workers and clients."""
     redis_pid: int = 0
     detail: str = ""
     progress: float | None = None

@@ -35,7 +35,8 @@ class MediaFolder:
         scope, _, ref = entry.partition(":")
         name = f"{ref}.{secrets.token_hex(8)}"
         place = self._folder / scope
-        place.mkdir(mode=0o750, parents=True, exist_ok=True)
+        for folder in (self._folder.parent, self._folder, place):
+            folder.mkdir(mode=0o750, parents=True, exist_ok=True)
         new = place / f".{name}"
         try:
             with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640), "wb") as file:

@@ -68,6 +68,7 @@ class Supervisor:
             pid=os.getpid(),
             boot=boot_ticks(os.getpid()),
             detail="starting Redis",
+            media_folder=str(config.worker.get("media_folder") or folder.data / "media"),
         )
         self._redis: EmbeddedServer | None = None
         self._redis_deaths = 0
@@ -116,7 +117,12 @@ class Supervisor:
         make_private(self._folder.data)
         self._redis = EmbeddedServer(self._folder.path, self._folder.data, self._config.redis_settings)
         self._redis.spawn(held_fds=(self._processes_lock,))
-        settings = {"redis_url": self._redis.url, "fleet": self._folder.fleet, **self._config.worker}
+        settings = {
+            "redis_url": self._redis.url,
+            "fleet": self._folder.fleet,
+            "media_folder": self._state.media_folder,
+            **self._config.worker,
+        }
         write_private(self._folder.worker_settings, msgspec.json.encode(settings))
         self._workers = [
             WorkerProcess(index, self._folder, self._config, self._env, self._processes_lock)

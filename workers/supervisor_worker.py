@@ -160,7 +160,7 @@ class WorkerProcess:
 
 def _environment(index: int, folder: FleetFolder, config: LocalFleetConfig, env: Mapping[str, str]) -> dict[str, str]:
     # A worker prefers its environment to its file: what the file says must not be overridden by where we were started.
-    ours = {f"TOKENFLEET_{name.upper()}" for name in (*config.worker, "redis_url", "fleet")}
+    ours = {f"TOKENFLEET_{name.upper()}" for name in (*config.worker, "redis_url", "fleet", "media_folder")}
     result = {name: value for name, value in env.items() if name.upper() not in ours}
     result["TOKENFLEET_CONFIG"] = str(folder.worker_settings)
     result[worker_state.ENV] = str(folder.worker_report(index))

@@ -353,3 +353,17 @@ def test_celery_users_name_media_by_reference(seeing: Fleet) -> None:
             chat.s(inline, **where, **named)
         assert caught.value.code == "unsupported_media"
     app.close()
+
+
+def test_a_local_fleet_has_room_for_large_media() -> None:
+    from tokenfleet import ChatModel
+
+    large, args = padded(png(21), 9 * 1024 * 1024), {"token_ms": 0, "modalities": ALL_KINDS}
+    with ChatModel({"infer_backend": "scripted", "engine_args": args, **GREEDY}) as model:
+        small = model.chat("So?", images=[png(21)])[0].response_text
+        assert model.chat("So?", images=[large])[0].response_text != small
+        folder = model.client.aio.media.settings.folder
+        assert folder is not None
+        assert [path.stat().st_size for path in folder.rglob("*") if path.is_file()] == [len(large)]
+        assert folder.stat().st_mode & 0o007 == 0
+    assert not folder.exists(), "a private fleet leaves nothing"

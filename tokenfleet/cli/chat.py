@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import sys
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,6 +23,9 @@ from tokenfleet.cli.connection import MODEL
 from tokenfleet.cli.media import media_options, media_parts, media_settings
 from tokenfleet.cli.output import note, print_error, write
 from tokenfleet.wire.errors import ConfigurationError, TokenfleetError
+
+if TYPE_CHECKING:
+    from tokenfleet.producer.aio import AsyncClient
 
 _QUIET_S = 1.0  # how long an answer may keep the user waiting without a word
 
@@ -45,6 +49,7 @@ def command(
 
     `clear` drops the history, `exit` or Ctrl-D quits, Ctrl-C stops the answer. In a pipe each line is one turn.
     """
+    from tokenfleet.producer.aio import AsyncClient
     from tokenfleet.producer.arguments import split_arguments
 
     args, generation = split_arguments(merged(config, given_flags(ctx), from_environment(ctx)))
@@ -55,13 +60,15 @@ def command(
             request["enable_thinking"] = args.enable_thinking
             request["system"] = system or args.default_system
             url, fleet, model = args.redis_url, args.fleet, args.model or _environment_model()
+            settings = media_settings()
         else:
             from tokenfleet.cli.local import join, only_model
 
             local = stack.enter_context(join(args))
             url, fleet, model = local.url, local.fleet, only_model(local, args)
-        media = media_parts(more)
-        chat = Chat(stack.enter_context(asyncio.Runner()), url, fleet, model, request, media)
+            settings = local.media
+        connect = functools.partial(AsyncClient, url, fleet=fleet, model=model, media=settings)
+        chat = Chat(stack.enter_context(asyncio.Runner()), connect, model, request, media_parts(more))
         stack.callback(chat.close)
         return chat.run()
 
@@ -72,16 +79,13 @@ class Chat:
     def __init__(
         self,
         runner: asyncio.Runner,
-        url: str,
-        fleet: str,
+        make_client: Callable[[], AsyncClient],
         model: str | None,
         request: dict[str, Any],
         media: list[dict[str, Any]],
     ) -> None:
-        from tokenfleet.producer.aio import AsyncClient
-
         async def connect() -> AsyncClient:
-            client = AsyncClient(url, fleet=fleet, model=model, media=media_settings())
+            client = make_client()
             try:
                 await client.check()
             except BaseException:

@@ -37,8 +37,9 @@ async def connected(redis_url: str | None, fleet: str, model: str | None = None)
     """A checked client of the fleet that the options name. Raises `FleetUnavailable` (``no_fleet`` if none runs)."""
     from tokenfleet.producer.aio import AsyncClient
 
-    url = redis_url or (await running_local(fleet)).url
-    async with AsyncClient(url, fleet=fleet, model=model, media=media_settings()) as client:
+    local = None if redis_url else await running_local(fleet)
+    url, media = (local.url, media_settings(local.media_folder)) if local else (redis_url or "", media_settings())
+    async with AsyncClient(url, fleet=fleet, model=model, media=media) as client:
         yield client
 
 

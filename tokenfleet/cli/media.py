@@ -36,9 +36,9 @@ def media_parts(given: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
     return [{"type": kind, kind: Path(name)} for kind in reversed(KINDS) for name in given.get(kind, ())]
 
 
-def media_settings() -> MediaSettings:
-    """With the folder that the environment names, if it does."""
+def media_settings(local_folder: str = "") -> MediaSettings:
+    """With the local fleet's folder, or the one that the environment names, if there is one."""
     from tokenfleet.wire.media import MediaSettings
 
-    folder = os.environ.get(FOLDER)
+    folder = local_folder or os.environ.get(FOLDER)
     return MediaSettings(folder=Path(folder)) if folder else MediaSettings()

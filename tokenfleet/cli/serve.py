@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from pathlib import Path
 
 import click
 
@@ -27,14 +28,16 @@ def command(redis_url: str | None, fleet: str, host: str, port: int, processes: 
             code="missing_extra",
             hint="Install it: pip install 'tokenfleet[gateway]'",
         ) from error
-    url, name = asyncio.run(_address(redis_url, fleet))
+    url, name, folder = asyncio.run(_address(redis_url, fleet))
     given = {"REDIS_URL": url, "FLEET": name, "HOST": host, "PORT": str(port), "PROCESSES": str(processes)}
     # uvicorn's processes build their own settings, from the environment.
+    if folder is not None:
+        os.environ.setdefault("TOKENFLEET_GATEWAY_MEDIA_FOLDER", str(folder))
     os.environ.update({f"TOKENFLEET_GATEWAY_{key}": value for key, value in given.items()})
     note(f"OpenAI's API on http://{host}:{port}/v1")
     serve.main()
 
 
-async def _address(redis_url: str | None, fleet: str) -> tuple[str, str]:
+async def _address(redis_url: str | None, fleet: str) -> tuple[str, str, Path | None]:
     async with connected(redis_url, fleet) as client:
-        return client.redis_url, client.keys.fleet
+        return client.redis_url, client.keys.fleet, client.media.settings.folder

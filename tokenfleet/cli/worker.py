@@ -19,6 +19,7 @@ from tokenfleet.cli.arguments import (
     merged,
 )
 from tokenfleet.cli.connection import FLEET, REDIS_URL, running_local
+from tokenfleet.cli.media import FOLDER as MEDIA_FOLDER
 from tokenfleet.cli.output import note
 from tokenfleet.producer.arguments import FleetArguments
 
@@ -57,7 +58,8 @@ def _settings(args: FleetArguments) -> dict[str, str]:
     if args.redis_url:
         settings |= {REDIS_URL: args.redis_url, FLEET: args.fleet}
     elif not os.environ.get("TOKENFLEET_CONFIG"):
-        settings |= {REDIS_URL: asyncio.run(running_local(args.fleet)).url, FLEET: args.fleet}
+        local = asyncio.run(running_local(args.fleet))
+        settings |= {REDIS_URL: local.url, FLEET: args.fleet, MEDIA_FOLDER: local.media_folder}
     said = args.model_fields_set - {"redis_url", "fleet", "gpus"}
     worker = args.local_fleet().worker
     if said <= _APART | {"model"}:  # which model it is, if at all, is the environment's to say
