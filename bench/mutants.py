@@ -80,7 +80,7 @@ MUTANTS = [
     Mutant(
         "waiting-is-a-strike", "who waits to run alone takes no strike", "wire/lua/common.lua",
         "elseif f[4] ~= f[1] then strikes = strikes + 1 end", "else strikes = strikes + 1 end",
-        (*faults("poison.py::test_only_the_poison_among_64_neighbours_is_given_up"), STATEFUL),
+        (f"{STATEFUL}::test_who_waits_to_run_alone_takes_no_strike",),
     ),
     Mutant(
         "starts-over", "a takeover continues from what was delivered", "workers/served.py",
@@ -162,7 +162,7 @@ MUTANTS = [
     Mutant(
         "runs-expired-jobs", "what is past its time-to-live never runs", "wire/lua/claim.lua",
         "if f[1] == 'queued' and due and num(due) <= NOW then", "if false then",
-        (STATEFUL,),
+        (f"{STATEFUL}::test_what_waited_too_long_expires_when_it_is_claimed",),
     ),
 ]  # fmt: skip
 

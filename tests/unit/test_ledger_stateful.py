@@ -487,3 +487,50 @@ def test_scripts_keep_their_promises_under_any_interleaving(shared_redis: RedisS
                 report_multiple_bugs=False,
             ),
         )
+
+
+def test_who_waits_to_run_alone_takes_no_strike(shared_redis: RedisServer) -> None:
+    """With one strike left a death counts only once the job's turn has begun."""
+    with shared_redis.client() as client:
+        keys = Keys(new_fleet_name())
+        job, key = new_id(), ""
+
+        def call(name: scripts.Name, *args: scripts.Arg) -> Any:
+            return scripts.run_blocking(client, name, keys.prefix, *args)
+
+        def attempt(*, begins: bool = False) -> tuple[bytes, bytes]:
+            owner = new_id()
+            epoch = call("claim", job, worker, owner, "claim")[1]
+            if begins:
+                batch = Batch(job, epoch, owner, 2, 0, [], {"parked": ""})
+                assert call("append", 1, *batch.args()) == [b"ok"]
+            assert call("release", job, epoch, owner, "died") == b"ok"
+            return tuple(client.hmget(key, "state", "strikes"))
+
+        worker, key = new_id(), keys.job(job)
+        call("serve", MODEL, keys.queue(MODEL), "{}", "incarnation", 3000, 10_000)
+        call("beat", worker, FOR_EVER_MS, "register", 0)
+        call(
+            "submit", job, "d", MODEL, keys.queue(MODEL), 0, 0, 10**9, 10**10, 1000, "request", "r", "retention_ms", 99
+        )
+        assert [attempt(), attempt()] == [(b"queued", b"1"), (b"queued", b"2")]
+        assert [attempt() for _ in range(3)] == [(b"queued", b"2")] * 3
+        assert attempt(begins=True) == (b"failed", b"3")
+
+
+def test_what_waited_too_long_expires_when_it_is_claimed(shared_redis: RedisServer) -> None:
+    """No reaper has been by: it must not run late for that."""
+    with shared_redis.client() as client:
+        keys, job, worker = Keys(new_fleet_name()), new_id(), new_id()
+
+        def call(name: scripts.Name, *args: scripts.Arg) -> Any:
+            return scripts.run_blocking(client, name, keys.prefix, *args)
+
+        call("serve", MODEL, keys.queue(MODEL), "{}", "incarnation", 3000, 10_000)
+        call("beat", worker, FOR_EVER_MS, "register", 0)
+        call("submit", job, "d", MODEL, keys.queue(MODEL), 0, 0, 1, 10**10, 1000, "request", "r", "retention_ms", 9999)
+        due_ms = client.zscore(f"{keys.prefix}deadlines", job)
+        while client.time()[0] * 1000 <= due_ms + 1000:  # polls Redis' own clock
+            pass
+        assert call("claim", job, worker, new_id(), "claim") == [b"ended", b"expired"]
+        assert client.hget(keys.job(job), "state") == b"expired"
