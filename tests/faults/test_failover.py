@@ -14,6 +14,10 @@ from tests.servers import new_fleet_name
 from tokenfleet import Client
 from tokenfleet.wire.errors import FleetUnavailable, LostState
 
+# redis-py's pool of a Sentinel's master drops a connection now and then when the master changes; it is closed when the
+# garbage collector finds it, which says so.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 def fleet_on(cluster: ReplicatedRedis, folder: Path) -> Fleet:
     fleet = Fleet(cluster, folder)  # type: ignore[arg-type]
