@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 1.0
 _SWEEP_S = 60.0
+_AGAIN_S = 5.0
+"""Between two tries at a batch whose Redis or storage failed."""
 _MOST_BATCHES = 16
 PART_ROWS, PART_BYTES, PART_AGE_S = 500, 4 * 1024 * 1024, 3600.0
 """When ended rows become a part: sooner than their jobs' retention ends."""
@@ -95,14 +97,25 @@ class BatchRunner:
                     await self.store.release(batch_id, self._owner)
 
     async def _drive(self, batch_id: str) -> None:
+        if await self._is_driven(batch_id):
+            return
+        await asyncio.sleep(_AGAIN_S)
+        with contextlib.suppress(RedisError, OSError):
+            await self.store.release(batch_id, self._owner)
+
+    async def _is_driven(self, batch_id: str) -> bool:
+        """To its end, or by another gateway. False: something failed, and it is to be tried again."""
         try:
             await _Drive(self, await self.store.get(batch_id), self._owner).run()
         except Fenced:
             log.info("batch %s: another gateway drives it", batch_id)
         except (RedisError, OSError, TokenfleetError) as error:
-            log.warning("batch %s: %s; it goes on after its lease", batch_id, type(error).__name__)
+            log.warning("batch %s: %s; it goes on in a moment", batch_id, type(error).__name__)
+            return False
         except Exception:  # the task's outermost frame
-            log.exception("batch %s: a bug; it goes on after its lease", batch_id)
+            log.exception("batch %s: a bug; it is tried again", batch_id)
+            return False
+        return True
 
 
 class _Drive:
@@ -129,7 +142,7 @@ class _Drive:
         work = asyncio.create_task(self._work())
         try:
             while not work.done():
-                await asyncio.wait([work], timeout=self._store.lease_ms / 5000)
+                await asyncio.wait([work], timeout=min(_POLL_S, self._store.lease_ms / 5000))
                 if not work.done():
                     await self._beat()
             await work

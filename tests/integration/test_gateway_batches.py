@@ -320,3 +320,43 @@ def test_files_and_batches_are_counted(fleet: Fleet, tmp_path: Path) -> None:
             assert len(list((tmp_path / "s" / "files").iterdir())) == 1
     finally:
         gateway.close()
+
+
+def test_a_stopped_gateway_hands_over_at_once_and_an_outage_of_redis_is_waited_out(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    worker = fleet.start_worker()
+    settings = {"storage": tmp_path / "s", "batch_lease_s": 600, "batch_window": 8}  # nobody waits for that lease
+    first = start_gateway(fleet, **settings)
+    with openai.OpenAI(base_url=f"{first.url}/v1", api_key="none", max_retries=0) as client:
+        batch_id = create(client, [row(f"r{k}", max_tokens=60) for k in range(60)]).id
+        wait_until(lambda: any(line["event"] == "end" for line in worker.record), 20)
+    first.process.send_signal(signal.SIGTERM)
+    try:
+        assert first.process.wait(20) in (0, -signal.SIGTERM)
+    finally:
+        first.close()
+    second = start_gateway(fleet, **settings)
+    try:
+        with openai.OpenAI(base_url=f"{second.url}/v1", api_key="none", max_retries=0) as client:
+            before = client.batches.retrieve(batch_id).request_counts.completed
+            wait_until(lambda: client.batches.retrieve(batch_id).request_counts.completed > before, 20)
+            assert client.batches.retrieve(batch_id).status == "in_progress"
+            fleet.redis.kill9()
+            with pytest.raises(openai.APIStatusError) as caught:
+                client.batches.retrieve(batch_id)
+            assert caught.value.status_code == 503
+            fleet.redis.restart()
+
+            def status() -> str:
+                try:
+                    return client.batches.retrieve(batch_id).status
+                except openai.APIStatusError:
+                    return ""
+
+            wait_until(lambda: status() in ENDED, 60)
+            batch = client.batches.retrieve(batch_id)
+            assert (batch.status, batch.request_counts.completed) == ("completed", 60)
+            assert set(rows_of(client, batch.output_file_id)) == {f"r{k}" for k in range(60)}
+    finally:
+        second.close()
