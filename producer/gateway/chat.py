@@ -75,7 +75,9 @@ async def completions(request: Request) -> Response:
     if stream is not None:
         # One usage, of all prompts together, comes last.
         each = StreamOptions(stream.usage and len(jobs) == 1, stream.continuous and len(jobs) == 1)
-        chunks = [TextChunks(jobs[0].id, model, each, offset=k * n) for k in range(len(jobs))]
+        # Each job's events are numbered by themselves: only one job's stream can be gone on with by a number.
+        after = last_event_id(request) if len(jobs) == 1 else 0
+        chunks = [TextChunks(jobs[0].id, model, each, after, offset=k * n) for k in range(len(jobs))]
         total = AllUsage(chunks[0], len(jobs)) if stream.usage and len(jobs) > 1 else None
         frames = [chunk.frame if total is None else total.then(chunk) for chunk in chunks]
         sources = [Source(*parts) for parts in zip(jobs, frames, observed, strict=True)]

@@ -138,6 +138,19 @@ def test_completions_of_several_prompts_stream_side_by_side(client: openai.OpenA
         assert offsets == sorted(offsets)
 
 
+def test_a_completions_stream_goes_on_by_its_key(gateway: Gateway) -> None:
+    body = {"model": MODEL, "prompt": "Go on.", "max_tokens": 30, "stream": True}
+
+    def events(**headers: str) -> list[bytes]:
+        text = call(gateway, "/v1/completions", body, **{"Idempotency-Key": "one completion"}, **headers)[1]
+        return [block for block in text.split(b"\n\n") if block.startswith(b"id: ")]
+
+    first = events()
+    cut = len(first) // 2
+    last = first[cut].split(b"\n")[0].removeprefix(b"id: ").decode()
+    assert events(**{"Last-Event-ID": last}) == first[cut + 1 :]
+
+
 @pytest.mark.parametrize(("extra", "code"), [
     ({"functions": [{"name": "x"}]}, "unsupported_parameter"), ({"max_tokens": 0}, "invalid_request"),
     ({"stream_options": {"include_usage": True}}, "invalid_request"),
