@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 import redis
 
-from bench.chaos_failover import wait_cost
+from bench.chaos_failover import crash_points, wait_cost
 from bench.chaos_leaks import leak_run
 from bench.chaos_report import Row, keep, kept, percentile, write_table
 from tests.faults.checker import Verdict
@@ -373,6 +373,7 @@ TRIALS: dict[str, Callable[[Scale, int], Row]] = {
 }
 TEXTS: dict[str, Callable[[Scale], str]] = {
     "wait_cost": lambda scale: wait_cost(),
+    "crash_points": lambda scale: crash_points(),
     "leaks": lambda scale: leak_run(scale.leak_jobs),
 }
 

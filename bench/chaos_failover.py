@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 from bench.chaos_report import percentile
-from tests.fleets import Fleet
+from tests.fleets import ROOT, Fleet
 from tests.sentinels import ReplicatedRedis, replicated
 from tests.servers import new_fleet_name
 
@@ -37,6 +40,21 @@ def wait_cost() -> str:
         f"Waiting for a replica (`python -m bench.chaos wait_cost`): one master with two replicas on this machine, "
         f"{SUBMITS} submits one after the other, then {STREAMS} streams of {TOKENS} tokens at 20 ms a token; two runs "
         f"of each, by turns. Over a network each wait costs its round trip.\n\n" + "\n".join(pairs)
+    )
+
+
+def crash_points() -> str:
+    """A paragraph: worker and producer die before and after every single call that they make to Redis."""
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "--timeout=1200", "tests/faults/test_crash_points.py"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "TOKENFLEET_CRASH_POINTS_EVERY": "1"}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    told = [line.lstrip(".F") for line in done.stdout.splitlines() if line.lstrip(".F").startswith("died ")]
+    outcome = "no violation" if done.returncode == 0 else "FAILED"
+    by_role = [", ".join(told[k : k + 2]) for k in (0, 2)]
+    return (
+        f"Crash points (`python -m bench.chaos crash_points`): {outcome}; worker: {by_role[0]}; producer: {by_role[1]}."
     )
 
 

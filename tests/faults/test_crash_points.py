@@ -17,8 +17,12 @@ from tests.faults.trial import Trial, ledger_of
 from tests.fleets import ROOT, Fleet, wait_until
 from tokenfleet.wire.keys import Keys, new_id
 
-EVERY = int(os.environ.get("TOKENFLEET_CRASH_POINTS_EVERY", "3"))
-"""Which calls are swept; the long run sweeps all (1)."""
+EVERY = int(os.environ.get("TOKENFLEET_CRASH_POINTS_EVERY", "5"))
+"""Which calls are swept, those after others than those before; `make chaos` sweeps all (1)."""
+
+
+def first_call(when: str) -> int:
+    return 1 if when == "before" else 1 + EVERY // 2
 
 
 class Crasher:
@@ -69,7 +73,7 @@ def test_a_worker_may_die_at_any_call(fleet: Fleet, crasher: Crasher, when: str)
         wait_until(lambda: client.exists(Keys(fleet.redis.fleet).models), 30, "a served model")
     with Trial(fleet) as trial:
         trial.client.aio._model = "scripted"
-        died = k = 0
+        died, k = 0, first_call(when) - EVERY
         while True:
             k += EVERY
             job = trial.submit("count", max_new_tokens=12)
@@ -95,7 +99,8 @@ def test_a_producer_may_die_at_any_call(fleet: Fleet, crasher: Crasher, when: st
     """Its job was taken or it was not: never half."""
     with crasher.healer(), Trial(fleet) as trial, fleet.redis.client() as client:
         wait_until(lambda: client.exists(Keys(fleet.redis.fleet).models), 30, "a served model")
-        died = k = taken = 0
+        died = taken = 0
+        k = first_call(when) - EVERY
         while True:
             k += EVERY
             job = trial.client.job(new_id())

@@ -48,7 +48,7 @@ def test_redis_away_for_ten_seconds_under_64_streams(fleet: Fleet, how: str) -> 
     """0 takeovers, 0 strikes; what was generated meanwhile is delivered afterwards."""
     both_ready(fleet, salted=True, token_ms=20.0)
     with Trial(fleet) as trial:
-        jobs = trial.submit_many(64, max_new_tokens=900)
+        jobs = trial.submit_many(64, max_new_tokens=620)
         trial.watch(jobs)
         trial.until_streaming(5)
         trial.fault(f"redis {how} for 10 s", fleet.redis.pid, cuts=False)
