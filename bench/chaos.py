@@ -385,6 +385,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a few minutes")
     parser.add_argument("--seed", type=int, action="append", help="these seeds only")
     parser.add_argument("--results", type=Path, help="keep rows in this file, and write all that it has")
+    parser.add_argument("--render", action="store_true", help="run nothing: only write what --results has")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/reliability.md")
     args = parser.parse_args()
     scale = Scale()
@@ -393,7 +394,7 @@ def main() -> int:
                       leak_jobs=50_000, outages=5)  # fmt: skip
     elif args.quick:
         scale = Scale(streams=16, kills=3, seeds=(1,), flood=500, leak_jobs=2000, outages=1, tokens=500)
-    wanted = args.trials or [*TRIALS, *TEXTS]
+    wanted = [] if args.render else args.trials or [*TRIALS, *TEXTS]
     size = " --full" if args.full else " --quick" if args.quick else ""
     seeds = tuple(args.seed) if args.seed else scale.seeds
     rows, texts = kept(args.results) if args.results else ([], [])
@@ -417,7 +418,7 @@ def main() -> int:
     stalls = [s for row in rows for s in row.stalls_s]
     if stalls:
         print(f"all stalls: n {len(stalls)}, p50 {statistics.median(stalls):.2f} s, p99 {percentile(stalls, 99):.2f} s")
-    if args.write:
+    if args.write or args.render:
         machine = f"{time.strftime('%Y-%m-%d', time.gmtime())}, {psutil.cpu_count()} shared cores, "
         write_table(DOCUMENT, rows, texts, machine + f"Python {platform.python_version()}")
     return 1 if violations else 0
