@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from itertools import islice
 
@@ -73,3 +74,36 @@ def test_a_takeover_that_finds_media_gone_ends_the_job_with_a_reason(fleet: Flee
     assert client.chat("Hi", images=[png(1)], max_new_tokens=5).text, (
         "another job with the same image is none the worse"
     )
+
+
+@pytest.mark.slow
+def test_a_real_models_answer_about_images_and_a_video_goes_on_where_it_was_cut(fleet: Fleet) -> None:
+    """Qwen2-VL's positions are not its tokens' places: the next worker must find them again from the same bytes."""
+    pytest.importorskip("torch")
+    pytest.importorskip("av")
+    from tests.contract import small_multimodal
+    from tests.media_files import image_file, video_file
+
+    small_multimodal.save("qwen2_vl", fleet.folder / "model")
+    arguments = {"model_name_or_path": str(fleet.folder / "model"), "infer_dtype": "float32", "threads": 1}
+    env = {"TOKENFLEET_ENGINE": "transformers", "TOKENFLEET_ENGINE_ARGS": json.dumps(arguments)}
+    first = fleet.start_worker(env=env)
+    client = fleet.client()
+    media = {"images": [image_file(1, (120, 80)), image_file(2)], "videos": [video_file(3)]}
+    asked = {"do_sample": False, "ignore_eos": True, "max_new_tokens": 1500}
+    question = "<image>, <image>, <video>?"
+    undisturbed = client.chat(question, **asked, **media)
+    other = client.chat(question, **{**asked, "max_new_tokens": 50}, **{**media, "videos": [video_file(4)]})
+    ids = undisturbed.choices[0].ids
+    assert len(ids) == 1500
+    assert other.choices[0].ids != ids[:50]
+    assert undisturbed.usage.prompt_tokens > 40, "the media's tokens count"
+    job = client.submit(question, **asked, **media)
+    with job.stream() as stream:
+        events = list(islice(stream, 20))
+        fleet.start_worker(env=env, wait=False)
+        first.kill_group(signal.SIGKILL)
+        events += list(stream)
+    assert isinstance(events[-1], Finished)
+    assert events[-1].usage.attempts == 2, "not mid-stream: this run would prove nothing"
+    assert [token for event in events if isinstance(event, Delta) for token in event.ids] == list(ids)
