@@ -40,7 +40,7 @@ class JobOptions(BaseModel):
     """Whose job it is; the gateway lets nobody else see it, and the tenant's limits hold for it."""
     webhook: str = Field("", max_length=2048)
     """An address that a gateway tells when the job has ended, signed with the tenant's secret."""
-    webhook_kind: str = Field("", max_length=64)
+    webhook_kind: str = Field("job", max_length=64)
     """What ended, in the event's words: ``chat.completion``, ``response``, ..."""
     retry_of: str = Field("", max_length=36)
     """The failed job whose request this is again."""
@@ -145,7 +145,9 @@ def dump_request(request: ChatRequest | ScoreRequest) -> bytes:
 
 def digest(model: str, request: bytes, options: JobOptions) -> str:
     """Tells whether two submissions with one id are the same."""
-    return hashlib.sha256(b"\0".join([model.encode(), request, options.model_dump_json().encode()])).hexdigest()[:32]
+    return hashlib.sha256(
+        b"\0".join([model.encode(), request, options.model_dump_json(exclude_defaults=True).encode()])
+    ).hexdigest()[:32]
 
 
 def options_of(values: dict[str, Any]) -> JobOptions:

@@ -32,8 +32,8 @@ ROW_RETENTION_S = 86400.0
 _TRIES = 3
 _LATER = frozenset({429, 503})
 """Not taken in now: the row waits, as long as its batch may."""
-_AGAIN = frozenset({500, 502})
-"""The engine or its worker failed: perhaps not the row's fault."""
+_AGAIN = frozenset({409, 500, 502})
+"""The engine or its worker failed: perhaps not the row's fault. Or another release wrote the row's job otherwise."""
 
 
 class Row(msgspec.Struct, frozen=True):
