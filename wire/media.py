@@ -69,10 +69,12 @@ class MediaStore:
         entries = {media_entry(tenant, ref): data for ref, data in media.items()}
         async with translated():
             there = await scripts.run(self._client, "media_touch", self._keys.prefix, self._ttl_ms, *entries)
-        missing = [entry for entry, is_there in zip(entries, there, strict=True) if not is_there]
         # One after the other: each may be as large as Redis takes.
-        for entry in missing:
-            await self._once(entry, entries[entry])
+        for (entry, data), is_there in zip(entries.items(), there, strict=True):
+            if not is_there:
+                await self._once(entry, data)
+            elif len(data) > self.settings.inline_bytes and (lost := await self._lost_file(entry)):
+                await self._once(entry, data, lost)
 
     def check_size(self, size: int) -> None:
         """Raises `InvalidRequest` (``media_too_large``)."""
@@ -118,11 +120,20 @@ class MediaStore:
     def _ttl_ms(self) -> int:
         return int(self.settings.upload_ttl_s * 1000)
 
-    async def _once(self, entry: str, data: bytes) -> None:
+    async def _lost_file(self, entry: str) -> str:
+        """The name of a file that Redis tells of and the folder has not: it was emptied, or is another one."""
+        async with translated():
+            name = await self._db.hget(self._keys.media(entry), "file")
+        if name is None or self._folder is None:
+            return ""
+        found: str = name.decode("latin-1")
+        return "" if await asyncio.to_thread(self._folder.has, entry, found) else found
+
+    async def _once(self, entry: str, data: bytes, lost: str = "") -> None:
         """Many jobs submitted at once upload what they share once. An upload goes on when one that waits leaves."""
         upload = self._uploads.get(entry)
         if upload is None:
-            upload = self._uploads[entry] = asyncio.create_task(self._put(entry, data))
+            upload = self._uploads[entry] = asyncio.create_task(self._put(entry, data, lost))
             upload.add_done_callback(functools.partial(self._uploaded, entry))
         await asyncio.shield(upload)
 
@@ -131,7 +142,7 @@ class MediaStore:
         if not upload.cancelled():
             upload.exception()  # whoever waited has it; nobody may have
 
-    async def _put(self, entry: str, data: bytes) -> None:
+    async def _put(self, entry: str, data: bytes, lost: str) -> None:
         how, value = "data", data
         if len(data) > self.settings.inline_bytes:
             assert self._folder is not None, "checked by check_size"
@@ -144,7 +155,7 @@ class MediaStore:
             how, value = "file", name.encode()
         async with translated():
             reply = await scripts.run(
-                self._client, "media_put", self._keys.prefix, entry, self._ttl_ms, len(data), how, value
+                self._client, "media_put", self._keys.prefix, entry, self._ttl_ms, len(data), how, value, lost
             )
         if how == "file" and reply[0] != b"stored" and self._folder is not None:
             await asyncio.to_thread(self._folder.delete, [(entry, value.decode())])

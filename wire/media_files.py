@@ -56,6 +56,12 @@ class MediaFolder:
         except (OSError, ValueError):
             return None
 
+    def has(self, entry: str, name: str) -> bool:
+        try:
+            return self._path(entry, name).is_file()
+        except ValueError:
+            return False
+
     def delete(self, files: Iterable[Named]) -> None:
         for entry, name in files:
             self._path(entry, name.removeprefix("."), hidden=name.startswith(".")).unlink(missing_ok=True)

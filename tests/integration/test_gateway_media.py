@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import threading
+import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
@@ -12,7 +14,7 @@ from typing import Any, ClassVar
 import openai
 import pytest
 
-from tests.fleets import MODEL, Fleet
+from tests.fleets import MODEL, Fleet, wait_until
 from tests.gateways import Gateway, start_gateway
 from tests.media import mp4, padded, png, wav
 from tests.servers import RedisServer, new_fleet_name
@@ -31,7 +33,7 @@ def seeing(_session_server: Any, tmp_path_factory: pytest.TempPathFactory) -> It
 @pytest.fixture(scope="module")
 def gateways(seeing: Fleet) -> Iterator[tuple[Gateway, Gateway]]:
     """One as it is by default, and one that fetches, also from this machine."""
-    plain = start_gateway(seeing, wait=False, max_media_bytes=100_000)
+    plain = start_gateway(seeing, wait=False, max_media_bytes=100_000, storage=seeing.folder / "storage")
     fetching = start_gateway(
         seeing, max_media_bytes=100_000, fetch_urls=True, fetch_allowed_networks='["127.0.0.1/32"]', fetch_timeout_s=5
     )
@@ -42,10 +44,6 @@ def gateways(seeing: Fleet) -> Iterator[tuple[Gateway, Gateway]]:
 
 
 def wait_up(gateway: Gateway) -> None:
-    import urllib.request
-
-    from tests.fleets import wait_until
-
     def is_up() -> bool:
         try:
             with urllib.request.urlopen(f"{gateway.url}/health", timeout=2) as reply:
@@ -147,6 +145,22 @@ def test_the_responses_api_takes_images(client: openai.OpenAI) -> None:
     # A conversation that goes on has its images still: they stay as long as the response does.
     assert respond([text], previous_response_id=first.id).output_text
     assert respond([text]).output_text != first.output_text
+
+
+def test_rows_of_a_batch_may_have_images(client: openai.OpenAI) -> None:
+    def row(number: int) -> dict[str, Any]:
+        messages = [{"role": "user", "content": [image(url(png(number))), TEXT]}]
+        body = {**GREEDY, "messages": messages}
+        return {"custom_id": str(number), "method": "POST", "url": "/v1/chat/completions", "body": body}
+
+    rows = "\n".join(json.dumps(row(number)) for number in (1, 2)).encode()
+    file = client.files.create(file=("rows.jsonl", rows), purpose="batch")
+    asked = {"endpoint": "/v1/chat/completions", "completion_window": "24h"}
+    batch = client.batches.create(input_file_id=file.id, **asked)  # type: ignore[arg-type]
+    done = wait_until(lambda: (b := client.batches.retrieve(batch.id)).status == "completed" and b, 40, "the batch")
+    lines = map(json.loads, client.files.content(done.output_file_id).text.splitlines())
+    texts = {line["custom_id"]: line["response"]["body"]["choices"][0]["message"]["content"] for line in lines}
+    assert texts == {str(number): ask(client, image(url(png(number))), TEXT) for number in (1, 2)}
 
 
 def test_an_idempotency_key_knows_the_same_image(client: openai.OpenAI) -> None:

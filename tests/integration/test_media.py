@@ -126,6 +126,20 @@ def test_large_media_are_files_and_go_with_their_jobs(seeing: Fleet) -> None:
     assert files(seeing) == []
 
 
+def test_a_file_that_is_lost_is_sent_again(seeing: Fleet) -> None:
+    client, large = seeing.client(media=settings(seeing, inline_bytes=1000)), padded(png(15), 3000)
+    text = text_of(client, "So?", images=[large], retention_s=30)
+    for file in files(seeing):
+        file.unlink()
+    assert text_of(client, "So?", images=[large], retention_s=1) == text
+    for file in files(seeing):
+        file.unlink()
+    with pytest.raises(MediaGone) as caught:
+        text_of(seeing.client(), "So?", images=[large])  # one without a folder can't know
+    assert "share" in caught.value.hint
+    assert text_of(client, "So?", images=[large], retention_s=1) == text
+
+
 def test_expiry_follows_the_jobs_that_need_it(seeing: Fleet) -> None:
     client, image = seeing.client(media=settings(seeing, upload_ttl_s=5.0)), png(7)
     name = f"tokenfleet:{seeing.redis.fleet}:media:{entry(image)}"
@@ -162,7 +176,7 @@ def test_after_the_end_and_retention_nothing_is_left(seeing: Fleet) -> None:
     for data in (small, large):
         wait_until(lambda data=data: not keys(seeing, f"media*{entry(data)}"), 10, "no key is left")
     client.thread.run(client.aio.media.sweep(grace_s=0))
-    assert files(seeing) == []
+    assert [path for path in files(seeing) if path.name.startswith(hashlib.sha256(large).hexdigest())] == []
 
 
 def test_media_that_expire_before_submit_are_sent_again(seeing: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
