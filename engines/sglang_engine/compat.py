@@ -53,3 +53,31 @@ def streamer() -> Any:
     from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
     return SchedulerOutputStreamer
+
+
+def carry_rows() -> None:
+    """In a scheduler process: let a batch's sampling info hold its requests' ``custom_params`` as ``fleet_rows``, in a
+    new list whenever rows join or leave. SGLang itself holds them only beside a custom logit processor, whose masks
+    make it wait for the GPU at each change (0.5.17)."""
+    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+    copy = SamplingBatchInfo.copy_for_forward
+
+    def start(info: Any, batch: Any, vocab_size: int) -> None:
+        info.fleet_rows = [request.sampling_params.custom_params for request in batch.reqs]
+
+    def keep(info: Any, keep_indices: list[int], keep_indices_device: Any) -> None:
+        info.fleet_rows = [info.fleet_rows[place] for place in keep_indices]
+
+    def join(info: Any, other: Any) -> None:
+        info.fleet_rows = info.fleet_rows + other.fleet_rows
+
+    def copied(info: Any) -> Any:
+        made = copy(info)
+        made.fleet_rows = info.fleet_rows
+        return made
+
+    SamplingBatchInfo.adjusted_from_schedule_batch = start
+    SamplingBatchInfo.adjusted_filter_batch = keep
+    SamplingBatchInfo.adjusted_merge_batch = join
+    SamplingBatchInfo.copy_for_forward = copied

@@ -18,7 +18,6 @@ from tokenfleet.engines.sglang_engine.front import Reader
 from tokenfleet.engines.sglang_engine.loading import LoadedSglang, load
 from tokenfleet.engines.sglang_engine.options import SglangOptions
 from tokenfleet.engines.sglang_engine.params import sampling_params
-from tokenfleet.engines.sglang_engine.sampler import MARKER
 from tokenfleet.engines.stopping import ending_ids
 from tokenfleet.wire.chat import GenerationParams
 from tokenfleet.wire.errors import ContextLengthExceeded, EngineDead, EngineError, InvalidRequest
@@ -149,7 +148,6 @@ class SglangEngine:
                 return_logprob=params.logprobs,
                 top_logprobs_num=params.top_logprobs,
                 lora_path=loaded.lora.get(sequence.adapter),
-                custom_logit_processor=MARKER,
             )
             async with aclosing(outputs):
                 async for _ in outputs:

@@ -30,13 +30,14 @@ class _Compiler:
         self._compiler: GrammarCompiler | None = None
         self._failure: Exception | None = None
 
-    def prepare(self, folder: str, vocab_size: int, trust_remote_code: bool) -> None:
+    def prepare(self, folder: str, trust_remote_code: bool) -> None:
         def make() -> None:
             import transformers
 
             try:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-                compiler = GrammarCompiler(tokenizer, vocab_size)
+                config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+                compiler = GrammarCompiler(tokenizer, config.get_text_config().vocab_size)
                 compiler.compile(ResponseFormat(type="json_object"), (), frozenset())
                 self._compiler = compiler
             except Exception as error:  # noqa: BLE001  # told to the request that wants a grammar
@@ -77,10 +78,12 @@ class _Row:
                 except EngineError:
                     self.grammar = None
         self.unread.clear()
-        if self.grammar is not None:
-            return self.grammar.mask()
         allowed = torch.zeros(vocab_size, dtype=torch.bool)
-        allowed[self.ends or [0]] = True
+        if self.grammar is None:
+            allowed[self.ends or [0]] = True
+        else:
+            mask = self.grammar.mask()[:vocab_size]
+            allowed[: len(mask)] = mask
         return allowed
 
 

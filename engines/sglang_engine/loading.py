@@ -13,7 +13,6 @@ from typing import Any
 from tokenfleet.engines import models
 from tokenfleet.engines.base import EngineInfo
 from tokenfleet.engines.digests import folder_digest
-from tokenfleet.engines.sglang_engine import sampler
 from tokenfleet.engines.sglang_engine.front import FrontEnd
 from tokenfleet.engines.sglang_engine.options import SglangOptions
 from tokenfleet.wire.errors import ConfigurationError, EngineDead
@@ -108,9 +107,8 @@ def _arguments(folder: Path, lora: Mapping[str, Path], options: SglangOptions) -
         "context_length": options.sglang_maxlen,
         "tp_size": options.sglang_tp_size or max(1, torch.cuda.device_count()),
         "max_running_requests": options.max_batch_size,
-        "sampling_backend": sampler.BACKEND,
+        "sampling_backend": "pytorch",
         "grammar_backend": "none",
-        "enable_custom_logit_processor": True,
         "is_embedding": _is_classifier(folder),
     }
     if options.sglang_mem_fraction is not None:

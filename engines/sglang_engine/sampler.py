@@ -12,31 +12,22 @@ from typing import Any
 
 import torch
 from sglang.srt.layers.sampler import Sampler, register_sampler_backend
-from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
+from tokenfleet.engines.sglang_engine import compat
 from tokenfleet.engines.sglang_engine.grammars import Grammars
 from tokenfleet.engines.sglang_engine.history import History
 from tokenfleet.engines.sglang_engine.params import KEY
 from tokenfleet.engines.sglang_engine.tensors import placed
 from tokenfleet.engines.sglang_engine.uniform import uniform
 
-BACKEND = "pytorch"
-"""The sampling backend in whose place ours comes: with a name of its own it would be dropped on a CPU."""
-
-
-class Marker(CustomLogitProcessor):
-    """Never called. SGLang hands a request's ``custom_params`` on only beside a processor's name."""
-
-    def __call__(self, logits: torch.Tensor, custom_param_list: Any = None) -> torch.Tensor:
-        return logits
-
-
-MARKER = Marker.to_str()
+_BACKEND = "pytorch"
+"""The sampling backend in whose place ours comes (`loading`): with a name of its own it would be dropped on a CPU."""
 
 
 def register() -> None:
     """In a scheduler's process, before it makes its sampler."""
-    register_sampler_backend(BACKEND, FleetSampler)
+    compat.carry_rows()
+    register_sampler_backend(_BACKEND, FleetSampler)
 
 
 class FleetSampler(Sampler):
@@ -59,8 +50,7 @@ class FleetSampler(Sampler):
         """``next_token_logits`` ``[rows, vocab]`` to token ids ``[rows]``; ``positions`` ``[rows]`` are those of the
         tokens that the logits follow. Writes logprobs of the model's own distribution to ``logits_output``."""
         raw = logits_output.next_token_logits.float()
-        rows = sampling_info.custom_params if sampling_info.has_custom_logit_processor else None
-        batch = self._batch_of(rows or [None] * len(raw), raw)
+        batch = self._batch_of(sampling_info.fleet_rows, raw)
         ids = batch.sample(raw, positions)
         if return_logprob:
             logprobs = torch.log_softmax(raw, dim=-1)
@@ -71,8 +61,7 @@ class FleetSampler(Sampler):
         return ids
 
     def _batch_of(self, rows: list[Any], raw: torch.Tensor) -> Batch:
-        # SGLang makes a new list when rows leave, and lengthens the list in place when some join.
-        if self._batch is None or self._batch.source is not rows or len(self._batch.rows) != len(rows):
+        if self._batch is None or self._batch.source is not rows:  # a list is never changed: `compat.carry_rows`
             self._batch = Batch(rows, raw.shape[-1], raw.device)
         return self._batch
 

@@ -30,14 +30,8 @@ def run(server_args: Any, *args: Any, **kwargs: Any) -> None:
 
     sampler.register()
     _coalesce(compat.streamer())
-    grammars.compiler.prepare(server_args.model_path, _vocab_size(server_args), bool(server_args.trust_remote_code))
+    grammars.compiler.prepare(server_args.model_path, bool(server_args.trust_remote_code))
     run_scheduler_process(server_args, *args, **kwargs)
-
-
-def _vocab_size(server_args: Any) -> int:
-    from sglang.srt.configs.model_config import ModelConfig
-
-    return int(ModelConfig.from_server_args(server_args).vocab_size)
 
 
 def _end_instead_of_signalling() -> None:
