@@ -112,7 +112,7 @@ $(SGLANG_READY): pyproject.toml $(SGLANG_PINS)
 	@touch $@
 
 test-sglang-cpu: $(SGLANG_READY) ## the engines' contract and a real worker, on SGLang on this machine's CPU (not in `make test`)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} TOKENFLEET_CONTRACT_ENGINES=sglang \
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TOKENFLEET_CONTRACT_ENGINES=sglang \
 	  $(SGLANG_VENV)/bin/python -m pytest $(SGLANG_TESTS) -W default --session-timeout=$(SUITE_LIMIT_S) $(PYTEST_ARGS)
 
 lock: $(READY) ## write the installed versions to deploy/constraints/lock.txt

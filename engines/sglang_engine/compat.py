@@ -56,15 +56,15 @@ def streamer() -> Any:
 
 
 def carry_rows() -> None:
-    """In a scheduler process: let a batch's sampling info hold its requests' ``custom_params`` as ``fleet_rows``, in a
-    new list whenever rows join or leave. SGLang itself holds them only beside a custom logit processor, whose masks
-    make it wait for the GPU at each change (0.5.17)."""
+    """In a scheduler process: let a batch's sampling info hold its requests' ``custom_params``, and the requests
+    themselves, as ``fleet_rows``: a new list whenever rows join or leave. SGLang holds them only beside a custom logit
+    processor, whose masks make it wait for the GPU at each change (0.5.17)."""
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
     copy = SamplingBatchInfo.copy_for_forward
 
     def start(info: Any, batch: Any, vocab_size: int) -> None:
-        info.fleet_rows = [request.sampling_params.custom_params for request in batch.reqs]
+        info.fleet_rows = [{**(each.sampling_params.custom_params or {}), "request": each} for each in batch.reqs]
 
     def keep(info: Any, keep_indices: list[int], keep_indices_device: Any) -> None:
         info.fleet_rows = [info.fleet_rows[place] for place in keep_indices]

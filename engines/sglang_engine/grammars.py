@@ -123,7 +123,7 @@ class Grammars:
 
 
 def _state(row: Mapping[str, Any], vocab_size: int) -> _Row:
-    request = row["__req__"]
+    request = row["request"]
     state: _Row | None = getattr(request, _STATE, None)
     if state is None or state.retractions != request.retraction_count:
         ids = [*request.origin_input_ids, *request.output_ids][row["prompt"] :]

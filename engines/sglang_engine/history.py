@@ -28,7 +28,7 @@ class History:
         self._prompt = torch.stack([prompt for prompt, _ in states])
         self._own = torch.stack([own for _, own in states])
         for place, prompt, own in zip(places, self._prompt, self._own, strict=True):
-            request = rows[place]["__req__"]
+            request = rows[place]["request"]
             setattr(request, _STATE, (request.retraction_count, prompt, own))
 
     def apply(self, scores: torch.Tensor) -> None:
@@ -51,7 +51,7 @@ _NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penal
 
 def _counts(row: Mapping[str, Any], vocab_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Counts ``[vocab]`` of the prompt's ids and of the choice's own, delivered ones included."""
-    request = row["__req__"]
+    request = row["request"]
     retractions, prompt, own = getattr(request, _STATE, (None, None, None))
     if retractions == request.retraction_count and prompt is not None and own is not None:
         return prompt, own

@@ -67,11 +67,12 @@ class FleetSampler(Sampler):
 
 
 class Batch:
-    """A fixed list of rows, each with the ``custom_params`` of its request (None: a request of SGLang's own)."""
+    """A fixed list of rows, as `compat.carry_rows` makes them."""
 
     def __init__(self, source: list[Any], vocab_size: int, device: torch.device) -> None:
         self.source = source
-        self.rows: list[Mapping[str, Any]] = [row if row and KEY in row else {} for row in source]
+        # SGLang has requests of its own, too.
+        self.rows: list[Mapping[str, Any]] = [row if KEY in row else {} for row in source]
         self._vocab_size, self._device = vocab_size, device
         rows, numbered = self.rows, list(enumerate(self.rows))
         sampled = [place for place, row in numbered if "seed" in row]
