@@ -10,6 +10,7 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from tokenfleet.wire.errors import CallerError, InvalidRequest, Overloaded, TokenfleetError
 
@@ -69,6 +70,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(TokenfleetError, on_error)
     app.add_exception_handler(HTTPException, _on_routing)
     app.add_exception_handler(RequestValidationError, _on_parameter)
+    app.add_exception_handler(ClientDisconnect, _on_leaving)
     app.add_exception_handler(Exception, _on_bug)
 
 
@@ -84,6 +86,13 @@ async def _on_routing(_: Request, error: Exception) -> Response:
     code, message = _ROUTING.get(status, ("http_error", str(error.detail)))
     body = {"message": message, "type": _TYPES.get(status, "server_error"), "param": None, "code": code}
     return _response(body, status, dict(error.headers or {}))
+
+
+async def _on_leaving(_: Request, error: Exception) -> Response:
+    """Whoever left before his body was whole reads no answer; it is no bug of ours."""
+    return _response(
+        {"message": "The client left.", "type": "server_error", "param": None, "code": "cancelled"}, 499, {}
+    )
 
 
 async def _on_parameter(request: Request, error: Exception) -> Response:

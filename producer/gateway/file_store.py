@@ -6,6 +6,7 @@ import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
@@ -13,7 +14,7 @@ import msgspec
 from tokenfleet.producer.gateway.errors import NotFound
 from tokenfleet.producer.gateway.storage import Storage
 from tokenfleet.wire import scripts
-from tokenfleet.wire.errors import InvalidRequest
+from tokenfleet.wire.errors import FleetUnavailable, InvalidRequest
 from tokenfleet.wire.keys import Keys
 
 _ID = re.compile(r"file-[0-9a-f]{32}")
@@ -22,6 +23,17 @@ _ID = re.compile(r"file-[0-9a-f]{32}")
 class StorageFull(InvalidRequest):
     code = "storage_full"
     http_status = 413
+
+
+@asynccontextmanager
+async def storage_translated() -> AsyncIterator[None]:
+    """The storage's failures as ours: it is full, away, or lost what a record tells of."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise NotFound("The file's content is gone.", param="file_id") from error
+    except OSError as error:
+        raise FleetUnavailable("The storage failed.", code="storage_failed", hint="Try again later.") from error
 
 
 class StoredFile(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
@@ -18,7 +18,7 @@ from starlette.types import Message
 
 from tokenfleet.producer.gateway import documents
 from tokenfleet.producer.gateway.errors import TooLarge
-from tokenfleet.producer.gateway.file_store import FileStore, StoredFile
+from tokenfleet.producer.gateway.file_store import FileStore, StoredFile, storage_translated
 from tokenfleet.producer.gateway.storage import PIECE_BYTES
 from tokenfleet.wire.errors import InvalidRequest, JobConflict
 from tokenfleet.wire.ledger import translated
@@ -49,7 +49,7 @@ async def upload(request: Request) -> Response:
         key = request.headers.get("idempotency-key")
         file_id = f"file-{secrets.token_hex(16)}" if key is None else id_of_key("file-", tenant, key)
         digest = await _digest(file, purpose)
-        async with translated():
+        async with translated(), storage_translated():
             name, size = await store.write(file_id, _pieces(file))
             filename = (file.filename or "upload.jsonl")[:255]
             wanted = StoredFile(file_id, tenant, filename, purpose, size, now, name, digest, expires_at)
@@ -85,15 +85,18 @@ async def content(file_id: str, request: Request) -> Response:
     store: FileStore = request.app.state.files
     async with translated():
         file = await store.get(file_id, request.state.tenant)
+    pieces = store.read(file)
+    async with storage_translated():  # before the head is sent
+        first = await anext(pieces, b"")
     headers = {"Content-Length": str(file.bytes), "X-Content-Type-Options": "nosniff",
                "Content-Disposition": "attachment"}  # fmt: skip
-    return StreamingResponse(store.read(file), media_type="application/octet-stream", headers=headers)
+    return StreamingResponse(_after(first, pieces), media_type="application/octet-stream", headers=headers)
 
 
 @router.delete("/v1/files/{file_id}")
 async def delete(file_id: str, request: Request) -> dict[str, Any]:
     store: FileStore = request.app.state.files
-    async with translated():
+    async with translated(), storage_translated():
         await store.get(file_id, request.state.tenant)
         await store.delete(file_id)
     return {"id": file_id, "object": "file", "deleted": True}
@@ -165,6 +168,13 @@ async def _digest(file: UploadFile, purpose: str) -> str:
     async for piece in _pieces(file):
         await asyncio.to_thread(whole.update, piece)
     return whole.hexdigest()
+
+
+async def _after(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
+    async with contextlib.aclosing(rest):
+        yield first
+        async for piece in rest:
+            yield piece
 
 
 async def _pieces(file: UploadFile) -> AsyncIterator[bytes]:

@@ -182,9 +182,16 @@ def test_files_are_listed_read_and_deleted(client: openai.OpenAI) -> None:
     assert client.files.delete(ids[0]).deleted
     with pytest.raises(openai.NotFoundError):
         client.files.retrieve(ids[0])
-    batches = client.batches.list(limit=2)
-    assert len(batches.data) == 2
-    assert len(list(client.batches.list(limit=2))) > 5
+
+
+def test_batches_are_listed_the_newest_first(client: openai.OpenAI) -> None:
+    ids = [create(client, ["not json"]).id for _ in range(3)]
+    page = client.batches.list(limit=2)
+    assert [batch.id for batch in page.data] == ids[:0:-1]
+    assert page.has_more
+    assert [batch.id for batch in client.batches.list(limit=2)][:3] == ids[::-1]  # pages by itself
+    with pytest.raises(openai.BadRequestError):
+        client.batches.list(after="batch_" + "0" * 32)
 
 
 def test_uploads_are_capped_and_names_are_no_paths(client: openai.OpenAI, storage: Path) -> None:
@@ -205,6 +212,29 @@ def test_uploads_are_capped_and_names_are_no_paths(client: openai.OpenAI, storag
             client.get(f"/files/{wrong}/content", cast_to=object)
         with pytest.raises(openai.NotFoundError):
             client.get(f"/batches/{wrong}", cast_to=object)
+
+
+def test_a_storage_that_fails_is_a_typed_error(client: openai.OpenAI, storage: Path) -> None:
+    file_id = upload(client, [row("a")])
+    [path] = (storage / "files").glob(f"{file_id}*")
+    path.unlink()
+    with pytest.raises(openai.NotFoundError):
+        client.files.content(file_id)
+    batch = ended(client, client.batches.create(
+        input_file_id=file_id, endpoint="/v1/chat/completions", completion_window="24h"
+    ).id)  # fmt: skip
+    assert (batch.status, batch.errors.data[0].code) == ("failed", "input_file_missing")
+    folder, away = storage / "files", storage / "away"
+    folder.rename(away)
+    folder.write_bytes(b"no folder")
+    try:
+        with pytest.raises(openai.APIStatusError) as caught:
+            upload(client, [row("a")])
+        assert (caught.value.status_code, caught.value.code) == (503, "storage_failed")
+    finally:
+        folder.unlink()
+        away.rename(folder)
+    client.files.delete(file_id)
 
 
 def test_an_idempotency_key_makes_one_file_and_one_batch(client: openai.OpenAI) -> None:

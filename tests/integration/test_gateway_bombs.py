@@ -171,6 +171,16 @@ def test_a_length_that_lies_is_refused(gateway: Gateway) -> None:
     connection.close()
 
 
+def test_an_upload_that_breaks_off_leaves_nothing(gateway: Gateway, client: openai.OpenAI) -> None:
+    before = [file.id for file in client.files.list()]
+    host, port = gateway.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as line:
+        head = b"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Length: 10000\r\n"
+        line.sendall(head + b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\nContent-Dispo")
+    assert client.files.create(file=("a", b"{}"), purpose="batch").bytes == 2
+    assert len([file.id for file in client.files.list()]) == len(before) + 1
+
+
 class Resolver:
     """A name server of our own: each name's answers, one after the other, the last again and again."""
 
