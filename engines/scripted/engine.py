@@ -19,7 +19,7 @@ from tokenfleet.engines.scripted.options import ScriptedOptions
 from tokenfleet.engines.scripted.record import Record
 from tokenfleet.engines.scripted.run import Run
 from tokenfleet.engines.scripted.tokenizer import VOCAB_SIZE, ScriptedTokenizer
-from tokenfleet.wire.errors import EngineDead, EngineError, InvalidRequest
+from tokenfleet.wire.errors import ContextLengthExceeded, EngineDead, EngineError, InvalidRequest
 
 _VERSION = "1"
 
@@ -75,6 +75,14 @@ class ScriptedEngine:
         await self.check()
         if sequence.adapter is not None and sequence.adapter not in self.options.adapters:
             raise InvalidRequest(f"There is no adapter {sequence.adapter!r}.", code="unknown_adapter", param="adapter")
+        tokens = len(sequence.prompt_ids) + sequence.max_new_tokens
+        if tokens > self.options.context_tokens:
+            raise ContextLengthExceeded(
+                f"{tokens} tokens of prompt and answer are more than the {self.options.context_tokens} of the context.",
+                prompt_tokens=len(sequence.prompt_ids),
+                max_new_tokens=sequence.max_new_tokens,
+                context_tokens=self.options.context_tokens,
+            )
         run = Run(sequence, self.options, self.tokenizer, Mailbox())
         if run.is_complete:
             yield TokenChunk((), (), "length")

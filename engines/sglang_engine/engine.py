@@ -204,6 +204,7 @@ class SglangEngine:
         if adapter is not None and adapter not in self.info.adapters:
             raise InvalidRequest(
                 f"There is no adapter {adapter!r}.",
+                code="unknown_adapter",
                 hint=f"Loaded: {', '.join(self.info.adapters) or 'none'}.",
                 param="adapter",
             )

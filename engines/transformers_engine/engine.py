@@ -236,7 +236,10 @@ class TransformersEngine:
         names = self.info.adapters
         if adapter is not None and adapter not in names:
             raise InvalidRequest(
-                f"There is no adapter {adapter!r}.", hint=f"Loaded: {', '.join(names) or 'none'}.", param="adapter"
+                f"There is no adapter {adapter!r}.",
+                code="unknown_adapter",
+                hint=f"Loaded: {', '.join(names) or 'none'}.",
+                param="adapter",
             )
 
     async def score(self, texts_ids: list[tuple[int, ...]], *, adapter: str | None = None) -> list[float]:

@@ -208,6 +208,7 @@ class VllmEngine:
         if adapter is not None and adapter not in self.info.adapters:
             raise InvalidRequest(
                 f"There is no adapter {adapter!r}.",
+                code="unknown_adapter",
                 hint=f"Loaded: {', '.join(self.info.adapters) or 'none'}.",
                 param="adapter",
             )

@@ -18,7 +18,7 @@ from tokenfleet.engines.choice import DeliveredChoice
 from tokenfleet.engines.generation import GenerationJob, generate_deltas
 from tokenfleet.engines.support import CONTINUATION, CORE, ENGINES, PARAMETERS, REFUSED, check_supported, continuation
 from tokenfleet.wire.chat import GenerationParams
-from tokenfleet.wire.errors import InvalidRequest
+from tokenfleet.wire.errors import ContextLengthExceeded, InvalidRequest
 from tokenfleet.wire.events import ChoiceFinished, Delta
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -141,6 +141,25 @@ def assert_greedy(subject, job, ids):
 async def test_greedy_takes_the_best_token_at_every_place(subject, text, how):
     answer = await ask(subject, text, **how)
     assert_greedy(subject, answer.job, answer.only)
+
+
+async def test_greedy_texts_leave_no_doubt_and_are_the_best_ones_to_the_token(subject):
+    """Without two near-equal best tokens on the way (the engine's arithmetic may choose either) the text is fixed."""
+    texts = [*TEXTS, *(f"{text} {i}" for text in TEXTS for i in range(3))]
+    answers = await asyncio.gather(
+        *(
+            ask(subject, text, job_id=f"g{i}", ignore_eos=True, max_new_tokens=6, **GREEDY)
+            for i, text in enumerate(texts)
+        )
+    )
+    clear = 0
+    for answer in answers:
+        truth = subject.logits(answer.job.prompt_ids, answer.only)[:-1]
+        best = np.sort(truth, axis=-1)
+        if (best[:, -1] - best[:, -2]).min() > subject.tolerance:
+            assert answer.only == truth.argmax(axis=-1).tolist()
+            clear += 1
+    assert clear >= 0.9 * len(texts)
 
 
 @pytest.mark.parametrize(
@@ -510,9 +529,20 @@ async def test_progress_shows(subject):
 
 
 async def test_an_unknown_adapter_is_refused_by_name(subject):
-    with pytest.raises(InvalidRequest, match="nobody"):
+    with pytest.raises(InvalidRequest, match="nobody") as raised:
         await run(subject, replace(make_job(subject), adapter="nobody"))
+    assert (raised.value.code, raised.value.details["param"]) == ("unknown_adapter", "adapter")
     assert (await ask(subject)).end.reason
+
+
+async def test_what_the_context_can_not_hold_is_refused_before_anything_is_computed(subject):
+    job, room, steps = make_job(subject), subject.engine.info.context_tokens, subject.engine.steps
+    for prompt_tokens, new in ((room + 5, 1), (room - 3, 4), (2, room - 1)):
+        asked = replace(job, prompt_ids=(40,) * prompt_tokens, max_new_tokens=new)
+        with pytest.raises(ContextLengthExceeded) as raised:
+            await run(subject, asked)
+        assert raised.value.details["context_tokens"] == room
+    assert (subject.engine.running, subject.engine.steps) == (0, steps)
 
 
 # -- the table --------------------------------------------------------------------------------------------------------

@@ -83,11 +83,14 @@ def prompt(length, salt=0, vocab=400):
 
 
 def assert_best(model, prompt_ids, ids, tolerance=1e-3):
-    """Teacher-forced: every id is within ``tolerance`` of the best logit given its own prefix."""
+    """Teacher-forced: every id is within ``tolerance`` of the best logit given its own prefix. Says whether the second
+    best was always further off: then there is no other text with this property."""
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([[*prompt_ids, *ids]])).logits[0, len(prompt_ids) - 1 : -1]
     gaps = logits.max(-1).values - logits.gather(-1, torch.tensor(ids)[:, None])[:, 0]
     assert gaps.max().item() <= tolerance
+    best, second = logits.topk(2).values.unbind(-1)
+    return (best - second).min().item() > tolerance
 
 
 # -- any causal model -------------------------------------------------------------------------------------------------
@@ -151,9 +154,11 @@ async def test_sixteen_chats_of_mixed_lengths_follow_plain_transformers(smol):
         for i, text in enumerate(QUESTIONS)
     ]
     answers = await asyncio.gather(*(answer(smol, each) for each in wanted))
+    clear = 0
     for each, (ids, reason) in zip(wanted, answers, strict=True):
         assert reason == ("stop" if ids[-1] in smol.info.eos_ids else "length")
-        assert_best(plain, each.prompt_ids, ids)
+        clear += assert_best(plain, each.prompt_ids, ids)
+    assert clear >= 0.9 * len(wanted), "texts with near-equal tokens show less"
     assert "Paris" in smol.tokenizer.decode((await answer(smol, chat(smol, QUESTIONS[0], **GREEDY)))[0])
 
 
