@@ -50,6 +50,8 @@ class RenderedPrompt:
     """EOS and the template's stop words."""
     parser: Mapping[str, Any] = field(default_factory=dict)
     """For `wire.toolcalls.ToolParser`."""
+    grammar: str = ""
+    """What the rest of a forced call must follow (Lark, for llguidance); "" if it is left to the model."""
     visible_ids: tuple[int, ...] = ()
     """Special tokens that the parser looks for: their text must stay, whatever ``skip_special_tokens`` says."""
     pieces: tuple[Piece, ...] = ()
@@ -128,10 +130,11 @@ def render(
     else:
         result = _named_pieces(template, messages, wishes, offered, placement, now)
         parser = parser_of(template, offered, is_parallel=request.parallel_tool_calls)
+    grammar = ""
     if offered.forced is not None:
         no_thoughts = template.no_thoughts if template else "".join(own.THOUGHTS)
         last = result[-1] if isinstance(result[-1], str) else ""
-        parser, added = begin_call(parser, offered, last, no_thoughts)
+        parser, added, grammar = begin_call(parser, offered, last, no_thoughts)
         result += added
     if expansion is not None:
         result = expansion.expanded(result, template)
@@ -143,6 +146,7 @@ def render(
         stop_strings=stop_strings,
         stop_token_ids=stop_ids,
         parser=parser,
+        grammar=grammar,
         visible_ids=visible_ids(tokenizer, parser),
         pieces=tuple(result),
         media=placement.media,

@@ -12,7 +12,7 @@ from tokenfleet.engines.generation import DeliveredChoice, GenerationJob, resolv
 from tokenfleet.engines.registry import Loaded, ModelSettings, load
 from tokenfleet.engines.support import check_supported, continuation
 from tokenfleet.engines.tokenizer import Tokenizer
-from tokenfleet.wire.chat import ChatRequest, ScoreRequest
+from tokenfleet.wire.chat import ChatRequest, GenerationParams, ResponseFormat, ScoreRequest
 from tokenfleet.wire.errors import InvalidRequest, StreamInterrupted
 from tokenfleet.wire.ledger import Claim
 from tokenfleet.wire.media import check_modalities
@@ -111,7 +111,7 @@ class Served:
             job_id=claim.job_id,
             attempt=claim.epoch,
             prompt_ids=ids,
-            params=request.params,
+            params=_forced(request.params, prompt.grammar, info.name),
             max_new_tokens=resolve_max_new_tokens(request.params, prompt.tokens, info.context_tokens),
             eos_ids=self.loaded.tokenizer.eos_ids | info.eos_ids | frozenset(prompt.stop_token_ids),
             stop=prompt.stop_strings,
@@ -139,3 +139,10 @@ class Served:
         limit = min(request.max_length or self.engine.info.context_tokens, self.engine.info.context_tokens)
         texts = tuple(tuple(self.loaded.tokenizer.encode(text)[:limit]) for text in request.texts)
         return Prepared((), sum(map(len, texts)), {}, False, None, texts)
+
+
+def _forced(params: GenerationParams, grammar: str, engine: str) -> GenerationParams:
+    """A forced call's arguments follow their schema on the engine that reads such a grammar and can continue it."""
+    if not grammar or engine != "transformers" or params.response_format.type != "text":
+        return params
+    return params.model_copy(update={"response_format": ResponseFormat(type="grammar", grammar=grammar)})

@@ -6,6 +6,7 @@ from typing import Any
 
 from tokenfleet.engines.templates import sandbox
 from tokenfleet.engines.templates.choice import Offer
+from tokenfleet.engines.templates.forced import call_grammar
 from tokenfleet.engines.templates.own import knows_tools
 from tokenfleet.engines.templates.schema import Template, tool_format
 from tokenfleet.engines.templates.tokens import Tokenizer, encode, special_ids
@@ -69,8 +70,11 @@ def _parser(tools: str | None, pair: tuple[str, str] | None, text: str, *, is_pa
     return parser
 
 
-def begin_call(parser: dict[str, Any], offer: Offer, text: str, no_thoughts: str) -> tuple[dict[str, Any], list[str]]:
-    """(parser, pieces to add to the prompt) that leave the model nothing but a call. Thoughts are closed first.
+def begin_call(
+    parser: dict[str, Any], offer: Offer, text: str, no_thoughts: str
+) -> tuple[dict[str, Any], list[str], str]:
+    """(parser, pieces to add to the prompt, grammar of the rest) that leave the model nothing but a call. Thoughts are
+    closed first. The grammar is "" where the arguments' notation is not JSON.
 
     Raises `InvalidRequest` where the format of this model's calls is unknown or has no fixed beginning."""
     style = tool_format(parser["tools"]) if parser.get("tools") in _WRITTEN else None
@@ -85,7 +89,9 @@ def begin_call(parser: dict[str, Any], offer: Offer, text: str, no_thoughts: str
     if "think" in parser and not text.rstrip().endswith(parser["think"][1]):
         closing = f"\n{parser['think'][1]}\n\n" if parser.get("open") else no_thoughts
     kept = {key: value for key, value in parser.items() if key not in ("think", "open")}
-    return {**kept, "prefix": opening}, [piece for piece in (closing, opening) if piece]
+    assert style is not None
+    grammar = call_grammar(style, offer, opening, is_parallel=parser.get("parallel") is not False)
+    return {**kept, "prefix": opening}, [piece for piece in (closing, opening) if piece], grammar
 
 
 _WRITTEN = READERS.keys() - {"deepseek", "gpt_oss"}

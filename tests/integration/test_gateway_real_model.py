@@ -119,13 +119,18 @@ def test_a_prompt_too_long_is_refused_with_the_counts(client: openai.OpenAI) -> 
     assert "8192" in caught.value.message
 
 
-def test_a_tool_must_be_called(client: openai.OpenAI) -> None:
-    tool: Any = {"type": "function", "function": {
-        "name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}  # fmt: skip
-    asked: dict[str, Any] = {"messages": PARIS, "tools": [tool], "tool_choice": "required"}
-    try:
-        answer = client.chat.completions.create(**asked, **{**GREEDY, "max_tokens": 60})
-    except openai.BadRequestError as error:
-        assert error.code == "unsupported_parameter"  # noqa: PT017
-    else:
-        assert answer.choices[0].message.tool_calls
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "weather"}}], ids=["any", "named"]
+)
+def test_a_tool_must_be_called_with_its_own_arguments(client: openai.OpenAI, choice: Any) -> None:
+    parameters = {
+        "type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"],
+        "additionalProperties": False,
+    }  # fmt: skip
+    tools: Any = [{"type": "function", "function": {"name": "weather", "parameters": parameters}}]
+    asked: dict[str, Any] = {"messages": PARIS, "tools": tools, "tool_choice": choice, "parallel_tool_calls": False}
+    answer = client.chat.completions.create(**asked, **{**GREEDY, "max_tokens": 60}).choices[0]
+    assert answer.finish_reason == "tool_calls"
+    [called] = answer.message.tool_calls
+    assert called.function.name == "weather"
+    assert json.loads(called.function.arguments)["city"] in ("Paris", "Rome")
