@@ -11,7 +11,18 @@ from fastapi import FastAPI
 from tokenfleet import __version__
 from tokenfleet.producer.aio import AsyncClient
 from tokenfleet.producer.apikeys import KeyStore
-from tokenfleet.producer.gateway import batches, chat, documents, errors, files, models, operations, responses, tokens
+from tokenfleet.producer.gateway import (
+    batches,
+    chat,
+    documents,
+    errors,
+    files,
+    models,
+    operations,
+    responses,
+    stored_chats,
+    tokens,
+)
 from tokenfleet.producer.gateway.batch_rows import RowClient, RowRunner, rows_app
 from tokenfleet.producer.gateway.batch_runner import BatchRunner
 from tokenfleet.producer.gateway.batch_store import BatchStore, Record
@@ -67,7 +78,7 @@ def create_app(settings: GatewaySettings) -> FastAPI:
     app.state.metrics = Metrics()
     app.add_middleware(Guard)
     app.add_middleware(Outermost)
-    for part in (*_WORK, tokens, files, batches, operations):
+    for part in (*_WORK, stored_chats, tokens, files, batches, operations):
         app.include_router(part.router)
     return app
 

@@ -235,6 +235,29 @@ def test_an_idempotency_key_belongs_to_its_tenant(gateways: list[Gateway], keys:
         client_of(gateways[1], keys["alice"]).completions.create(**wanted | {"max_tokens": 4})
 
 
+def test_nobody_reads_anothers_chat_or_response(gateways: list[Gateway], keys: dict[str, str]) -> None:
+    mine, theirs = client_of(gateways[0], keys["alice"]), client_of(gateways[1], keys["bob"])
+    chat = mine.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=2)
+    response = mine.responses.create(model=MODEL, input="Hi!", background=True, max_output_tokens=16)
+    assert mine.chat.completions.retrieve(chat.id).choices == chat.choices
+    assert mine.responses.retrieve(response.id).id == response.id
+    for call in (
+        lambda: theirs.chat.completions.retrieve(chat.id),
+        lambda: theirs.chat.completions.retrieve(response.id.replace("resp_", "chatcmpl-")),
+        lambda: mine.chat.completions.retrieve(response.id.replace("resp_", "chatcmpl-")),
+        lambda: mine.chat.completions.retrieve("chatcmpl-../../x"),
+        lambda: theirs.responses.retrieve(response.id),
+        lambda: theirs.responses.cancel(response.id),
+        lambda: theirs.responses.delete(response.id),
+        lambda: theirs.responses.input_items.list(response.id),
+        lambda: theirs.responses.retrieve("resp_" + chat.id.removeprefix("chatcmpl-").replace("-", "")),
+    ):
+        with pytest.raises(openai.NotFoundError):
+            call()
+    with pytest.raises(openai.BadRequestError):
+        theirs.responses.create(model=MODEL, input="And?", previous_response_id=response.id)
+
+
 def test_a_compressed_body_is_refused_unread(gateways: list[Gateway], keys: dict[str, str]) -> None:
     headers = {"Content-Encoding": "gzip", "Content-Type": "application/json", "body": "\x1f\x8b"}
     answer = call(gateways[0], "/v1/chat/completions", keys["bob"], "POST", **headers)

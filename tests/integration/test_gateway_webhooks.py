@@ -54,6 +54,7 @@ def test_chats_responses_and_batches_tell_of_their_ends(client: openai.OpenAI, s
         events = [client.webhooks.unwrap(call.body, call.headers, secret=secret) for call in seen.calls]
         told = {event.data.id: event.type for event in events}
         assert told[chat.id] == "chat.completion.completed"
+        assert client.chat.completions.retrieve(chat.id) == chat
         assert told[whole.id] in ("response.completed", "response.incomplete")
         assert told[cut.id] == "response.incomplete"
         assert told[stopped.id] == "response.cancelled"
