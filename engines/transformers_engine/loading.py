@@ -103,7 +103,9 @@ class LoadedModel:
         """What the prompt is read with, positions included where the model has its own for images (Qwen-VL's three)."""
         assert self.media is not None
         types = self.media.token_types(prompt_ids)
-        inputs = dict(prepared.inputs) | {"mm_token_type_ids": types, "token_type_ids": types}
+        # PaliGemma's say what is read in both directions (0): all of the prompt. Others mark media.
+        own = torch.zeros_like(types) if self.model.config.model_type == "paligemma" else types
+        inputs = dict(prepared.inputs) | {"mm_token_type_ids": types, "token_type_ids": own}
         positions, offset = None, 0
         if type(self.model)._prepare_position_ids_for_generation is not _PLAIN_POSITIONS:
             ids = torch.tensor([list(prompt_ids)])
@@ -111,8 +113,8 @@ class LoadedModel:
             positions = self.model._prepare_position_ids_for_generation(ids, known)
             # It leaves what it found in the model for the next step; here each row has its own.
             # The first of four rows, where there are four, is the plain place in the text.
-            own = positions[1:] if len(positions) == 4 else positions
-            offset = int(own.max()) + 1 - len(prompt_ids)
+            places = positions[1:] if len(positions) == 4 else positions
+            offset = int(places.max()) + 1 - len(prompt_ids)
         accepted = {name: value for name, value in inputs.items() if name in self._accepted}
         return MediaInputs(prepared.digest, len(prompt_ids), accepted, positions, offset)
 

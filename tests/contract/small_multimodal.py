@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -78,8 +79,6 @@ def _llava(folder, **text):
 def _qwen_vl(
     folder, config_class, model_class, vision_more, text_more=None, processor_class="Qwen2VLProcessor", patch=14
 ):
-    import json
-
     tok = tokenizer()
     image, video, start, end = _ids(tok, "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
     rope = {
@@ -101,9 +100,7 @@ def _qwen_vl(
     # As Qwen's checkpoints have it, and without torchvision: transformers can't make (or save) this processor here.
     images = hf.Qwen2VLImageProcessorPil(size=size, patch_size=patch)
     images.save_pretrained(folder)
-    path = folder / "preprocessor_config.json"
-    settings = json.loads(path.read_text()) | {"processor_class": processor_class}
-    path.write_text(json.dumps(settings))
+    _add(folder / "preprocessor_config.json", processor_class=processor_class)
     return model_class(config)
 
 
@@ -195,7 +192,52 @@ def _llava_next(folder):
     return hf.LlavaNextForConditionalGeneration(config)
 
 
+def _intern_vl(folder):
+    names = {
+        "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }  # fmt: skip
+    tok = tokenizer(extra_special_tokens=names)
+    tok.chat_template = chat(image="<IMG_CONTEXT>")
+    vision = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "image_size": [28, 28], "patch_size": [7, 7], "initializer_range": 0.3,
+    }  # fmt: skip
+    config = hf.InternVLConfig(
+        vision_config=vision, text_config=hf.Qwen2Config(**TEXT, vocab_size=len(tok)),
+        image_token_id=_ids(tok, "<IMG_CONTEXT>")[0],
+    )  # fmt: skip
+    tok.save_pretrained(folder)
+    hf.GotOcr2ImageProcessorPil(size={"height": 28, "width": 28}).save_pretrained(folder)
+    _add(folder / "preprocessor_config.json", processor_class="InternVLProcessor")
+    (folder / "processor_config.json").write_text('{"image_seq_length": 4, "processor_class": "InternVLProcessor"}')
+    return hf.InternVLForConditionalGeneration(config)
+
+
+def _paligemma(folder):
+    tok = tokenizer()
+    text = {**TEXT, "head_dim": 16}
+    vision = hf.SiglipVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    images = hf.SiglipImageProcessorPil(size={"height": 28, "width": 28})
+    images.image_seq_length = 4
+    hf.PaliGemmaProcessor(images, tok, chat_template=chat(image="<image>")).save_pretrained(folder)
+    config = hf.PaliGemmaConfig(
+        vision_config=vision, text_config=hf.GemmaConfig(**text, vocab_size=len(tok)), projection_dim=48,
+        image_token_index=_ids(tok, "<image>")[0], image_token_id=_ids(tok, "<image>")[0], initializer_range=0.3,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return hf.PaliGemmaForConditionalGeneration(config)
+
+
+def _add(path: Path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
 _MAKERS = {
+    "intern_vl": _intern_vl,
+    "paligemma": _paligemma,
     "llava": _llava,
     "llava_next": _llava_next,
     "qwen2_vl": _qwen2_vl,

@@ -24,7 +24,7 @@ from tokenfleet.wire.errors import ContextLengthExceeded, InvalidRequest  # noqa
 
 pytestmark = [pytest.mark.contract, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
-IMAGES = ("llava", "llava_next", "gemma3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+IMAGES = ("llava", "llava_next", "gemma3", "paligemma", "intern_vl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 VIDEOS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 NEW = 12
 
@@ -66,9 +66,12 @@ class Served:
         ids = torch.tensor([sequence.prompt_ids])
         if inputs is None and sequence.media:
             inputs = dict(processing.prepared(sequence.media).inputs)
-            name = "token_type_ids" if self.family == "gemma3" else "mm_token_type_ids"
-            if self.family in (*VIDEOS, "gemma3"):
+            inputs.pop("num_patches", None)  # InternVL's processor only counts with it
+            name = "token_type_ids" if "gemma" in self.family else "mm_token_type_ids"
+            if self.family in (*VIDEOS, "gemma3", "paligemma"):
                 inputs[name] = processing.token_types(sequence.prompt_ids)
+            if self.family == "paligemma":
+                inputs[name].zero_()
         with torch.inference_mode():
             out = self.model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), **(inputs or {}), do_sample=False,
@@ -254,3 +257,35 @@ async def test_an_image_token_without_its_image_fails_alone(tmp_path):
         assert isinstance(results[1], InvalidRequest | EngineError)
         assert results[0] == results[2] == it.generated(good)
         await it.engine.check()
+
+
+@pytest.mark.parametrize(
+    ("family", "template", "written"),
+    [
+        ("gemma3", "gemma3", "user\n\n\n<start_of_image>{}<end_of_image>\n\nWhat?<end_of_turn>"),
+        ("intern_vl", "intern_vl", "user\n<img>{}</img>What?<|im_end|>"),
+        ("llava_next", "llava_next", "USER: {}What? ASSISTANT:"),
+        ("qwen2_5_vl", "qwen2_vl", "user\n<|vision_start|>{}<|vision_end|>What?<|im_end|>"),
+        ("qwen3_vl", "qwen3_vl", "user\n<|vision_start|>{}<|vision_end|>What?<|im_end|>"),
+        ("paligemma", "paligemma", "{}"),
+    ],
+)
+async def test_every_plugins_frame_stands_around_its_tokens(family, template, written, tmp_path):
+    from tokenfleet.engines.media import MediaSettings
+    from tokenfleet.engines.prompts import renderer
+    from tokenfleet.engines.transformers_engine.processing import load_processor
+
+    small.save(family, tmp_path)
+    plain = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    processing = load_processor(tmp_path, plain, MediaSettings(), trust_remote_code=False)
+    render = renderer(processing.tokenizer, template=template, expansion_of=processing.expansion)
+    media = tuple(media_of(family, 1))
+    prompt = render(chat(["image", "What?"], media), media)
+    token = "<image_soft_token>" if family == "gemma3" else processing.tokens["image"]
+    count = prompt.text.count(token)
+    assert count >= 2
+    assert written.format(token * count) in prompt.text
+    assert prompt.ids.count(processing.tokenizer.convert_tokens_to_ids(token)) == count
+    if family == "paligemma":  # all images before everything else
+        assert prompt.text.startswith(token * count)
+        assert "What?" in prompt.text
