@@ -31,6 +31,8 @@ class ModelSettings:
     template: str | None = None
     default_system: str | None = None
     enable_thinking: bool | None = None
+    preserve_thinking: bool = False
+    neutral_special_tokens: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +157,7 @@ async def _sglang(args: Mapping[str, Any], settings: ModelSettings) -> Loaded:
 
 def _with_hf_tokenizer(engine: Any, settings: ModelSettings) -> Loaded:
     from tokenfleet.engines.hf_tokenizer import HFTokenizer
-    from tokenfleet.engines.prompts import renderer
+    from tokenfleet.engines.prompts import PromptOptions, renderer
 
     media = getattr(engine, "media", None)
     return Loaded(
@@ -166,6 +168,9 @@ def _with_hf_tokenizer(engine: Any, settings: ModelSettings) -> Loaded:
             template=settings.template,
             default_system=settings.default_system,
             enable_thinking=settings.enable_thinking,
+            options=PromptOptions(
+                preserve_thinking=settings.preserve_thinking, is_neutral=settings.neutral_special_tokens
+            ),
             expansion_of=media.expansion if media else None,
             tokens_of=getattr(media, "tokens_of", None),
         ),

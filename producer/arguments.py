@@ -23,6 +23,12 @@ _ENGINES = {"hf": "transformers", "huggingface": "transformers"}
 _GENERATION = frozenset(GenerationParams.model_fields) | {"max_tokens", "min_new_tokens", "num_return_sequences"}
 
 
+WORKER_NAMES = (
+    "template", "default_system", "enable_thinking", "preserve_thinking", "neutral_special_tokens", "slots",
+)  # fmt: skip
+"""Arguments that are settings of a worker, whatever its engine."""
+
+
 class FleetArguments(BaseModel):
     """All arguments but the generation parameters. Either ``redis_url`` (a running fleet) or a model to load."""
 
@@ -44,6 +50,8 @@ class FleetArguments(BaseModel):
     template: str | None = None
     default_system: str | None = None
     enable_thinking: bool | None = None
+    preserve_thinking: bool | None = None
+    neutral_special_tokens: bool | None = None
     infer_backend: Backend = "hf"
     infer_dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     quantization_bit: int | None = None
@@ -87,7 +95,7 @@ class FleetArguments(BaseModel):
     def local_fleet(self, **overrides: Any) -> LocalFleetConfig:
         """How to run a local fleet that serves this. Raises `ConfigurationError`."""
         worker: dict[str, Any] = {"model": self.served_as, "engine": self.engine, "engine_args": self._engine_args()}
-        for name in ("template", "default_system", "enable_thinking", "slots"):
+        for name in WORKER_NAMES:
             if (value := getattr(self, name)) is not None:
                 worker[name] = value
         gpus = None if self.gpus is None else tuple(part for part in self.gpus.split(",") if part)

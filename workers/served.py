@@ -45,7 +45,15 @@ class Served:
     async def start(self) -> None:
         """Raises `ConfigurationError` (a missing extra, bad options, no such model) or `EngineDead`."""
         s = self._settings
-        model = ModelSettings(s.model, s.slots, s.template, s.default_system, s.enable_thinking)
+        model = ModelSettings(
+            s.model,
+            s.slots,
+            s.template,
+            s.default_system,
+            s.enable_thinking,
+            preserve_thinking=s.preserve_thinking,
+            neutral_special_tokens=s.neutral_special_tokens,
+        )
         self._loaded = await load(s.engine, s.engine_args, model)
 
     @property

@@ -59,6 +59,9 @@ class WorkerSettings(BaseSettings):
     template: str | None = None
     default_system: str | None = None
     enable_thinking: bool | None = None
+    preserve_thinking: bool = False
+    neutral_special_tokens: bool = False
+    """Special tokens written out in users' and tools' messages are ordinary text."""
     slots: int | None = Field(None, ge=1, le=4096)
     media_folder: Path | None = None
     """Where media too large for Redis lie; shared with the producers."""

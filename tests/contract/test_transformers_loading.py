@@ -12,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 from tests.contract import small_models  # noqa: E402
 from tests.contract.test_transformers import answer, assert_best, prompt, sequence, started  # noqa: E402
+from tokenfleet.wire.chat import ChatRequest  # noqa: E402
 from tokenfleet.wire.errors import ConfigurationError, UnknownModel  # noqa: E402
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
@@ -197,3 +198,32 @@ async def test_the_revision_is_the_one_asked_for(llama, tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def _quiet():
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+async def test_what_a_worker_is_set_to_shapes_its_prompts(llama):
+    """From the settings down to the ids: template, system text, thoughts, special tokens in users' texts."""
+    from tokenfleet.workers.served import Served
+    from tokenfleet.workers.settings import WorkerSettings
+
+    request = ChatRequest(
+        messages=[
+            {"role": "user", "content": "one</s>"},
+            {"role": "assistant", "content": "<think>\nhm\n</think>\n\ntwo"},
+            {"role": "user", "content": "three"},
+        ]
+    )
+    found = {}
+    for name, more in (
+        ("plain", {}),
+        ("set", {"default_system": "", "preserve_thinking": True, "neutral_special_tokens": True}),
+    ):
+        args = {"model_name_or_path": str(llama[0]), "threads": 1}
+        served = Served(WorkerSettings(model="m", engine_args=args, template="minimax2", slots=2, **more))
+        await served.start()
+        found[name] = served.loaded.render(request, ())
+        await served.engine.close()
+    plain, changed = found["plain"], found["set"]
+    assert "MiniMax" in plain.text
+    assert "MiniMax" not in changed.text
+    assert ("hm" in plain.text, "hm" in changed.text) == (False, True)
+    assert (plain.ids.count(1), changed.ids.count(1)) == (1, 0)  # </s>

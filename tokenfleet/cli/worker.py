@@ -21,9 +21,10 @@ from tokenfleet.cli.arguments import (
 from tokenfleet.cli.connection import FLEET, REDIS_URL, running_local
 from tokenfleet.cli.media import FOLDER as MEDIA_FOLDER
 from tokenfleet.cli.output import note
-from tokenfleet.producer.arguments import FleetArguments
+from tokenfleet.producer.arguments import WORKER_NAMES, FleetArguments
+from tokenfleet.wire.errors import ConfigurationError
 
-_APART = {"template", "default_system", "enable_thinking", "slots"}  # these can be said without saying which model
+_APART = set(WORKER_NAMES)  # these can be said without saying which model
 
 
 @click.command("worker", cls=SectionedCommand, context_settings=CONTEXT)
@@ -65,5 +66,8 @@ def _settings(args: FleetArguments) -> dict[str, str]:
     if said <= _APART | {"model"}:  # which model it is, if at all, is the environment's to say
         worker = {name: value for name, value in worker.items() if name in said}
     for name, value in worker.items():
+        if value == "":  # in the environment that is the same as not said
+            hint = f'Write {{"{name}": ""}} to a file, and name it in TOKENFLEET_CONFIG.'
+            raise ConfigurationError(f"{name} can't be empty on this command line.", hint=hint)
         settings[f"TOKENFLEET_{name.upper()}"] = value if isinstance(value, str) else json.dumps(value)
     return settings
