@@ -23,6 +23,8 @@ _FORMATS: dict[Kind, dict[str, tuple[_Signs, ...]]] = {
         "WebM": (((0, b"\x1a\x45\xdf\xa3"),),),
         "AVI": (((0, b"RIFF"), (8, b"AVI ")),),
         "GIF": (((0, b"GIF87a"),), ((0, b"GIF89a"),)),
+        "Ogg": (((0, b"OggS"),),),
+        "FLV": (((0, b"FLV"),),),
         "MPEG": (((0, b"\x00\x00\x01\xba"),), ((0, b"\x00\x00\x01\xb3"),), ((0, b"\x47"), (188, b"\x47"))),
     },
     "audio": {
@@ -32,6 +34,7 @@ _FORMATS: dict[Kind, dict[str, tuple[_Signs, ...]]] = {
         "Ogg": (((0, b"OggS"),),),
         "M4A": (((4, b"ftyp"),),),
         "AAC": (((0, b"\xff\xf1"),), ((0, b"\xff\xf9"),)),
+        "AIFF": (((0, b"FORM"), (8, b"AIF")),),
         "WebM": (((0, b"\x1a\x45\xdf\xa3"),),),
     },
 }  # fmt: skip
