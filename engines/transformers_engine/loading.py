@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,8 @@ def load(options: TransformersOptions) -> LoadedModel:
     """Raises `ConfigurationError` for what can't be loaded, saying why, `UnknownModel` for what isn't there."""
     if options.threads:
         torch.set_num_threads(options.threads)
+    # Imported by peft wherever it is installed, it warns of kernels nobody needs and a cast in every layer and step.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     folder = _resolved(options.model_name_or_path, options, options.model_revision)
     subfolder = options.adapter_folder or ""
     merged = [_resolved(name, options) / subfolder for name in options.adapter_name_or_path]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 
 import pytest
 
@@ -193,11 +192,6 @@ async def test_the_revision_is_the_one_asked_for(llama, tmp_path, monkeypatch):
     with pytest.raises((ConfigurationError, UnknownModel)):
         async with started("an-owner/a-model", model_revision="v3"):
             pass
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 async def test_what_a_worker_is_set_to_shapes_its_prompts(llama):
