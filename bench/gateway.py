@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import platform
+import secrets
 import socket
 import subprocess
 import sys
@@ -58,7 +59,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def http_client(port: int, load: Load) -> One:
+def http_client(port: int, load: Load, key: str = "none") -> One:
     """Streams chats over plain sockets, parsing less than any real client: this process is not to set the pace."""
 
     async def one(prompt: str, scheduled: float) -> list[float]:
@@ -70,6 +71,7 @@ def http_client(port: int, load: Load) -> One:
         head = (
             "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
         )
+        head += f"Authorization: Bearer {key}\r\n"
         writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         arrivals: list[float] = []
         tail = b""
@@ -169,7 +171,9 @@ async def litellm_side(load: Load, python: str, upstream: int) -> Side:
     with tempfile.TemporaryDirectory(prefix="tf-") as folder:
         config = Path(folder) / "config.yaml"
         target = {"model": "openai/scripted", "api_base": f"http://127.0.0.1:{upstream}/v1", "api_key": "none"}
-        config.write_text(json.dumps({"model_list": [{"model_name": "scripted", "litellm_params": target}]}))
+        key = f"sk-{secrets.token_hex(16)}"  # it does not start without
+        served = {"model_list": [{"model_name": "scripted", "litellm_params": target}]}
+        config.write_text(json.dumps({**served, "general_settings": {"master_key": key}}))
         command = [
             str(Path(python).parent / "litellm"),
             "--config",
@@ -180,7 +184,7 @@ async def litellm_side(load: Load, python: str, upstream: int) -> Side:
             "127.0.0.1",
         ]
         with running(command, port, path="/health/liveliness") as server:
-            return await measured(load, http_client(port, load), server)
+            return await measured(load, http_client(port, load, key), server)
 
 
 def main() -> None:
