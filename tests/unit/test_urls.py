@@ -30,12 +30,22 @@ sentinels = st.builds(
     db=dbs,
     password=words,
     master_name=st.from_regex(r"[a-z]{1,8}", fullmatch=True),
+    replicas=st.integers(0, 9),
 )
 
 
 @given(unix | tcp | sentinels)
 def test_an_address_survives_its_own_url(address: RedisAddress) -> None:
     assert parse(address.url()) == address
+
+
+def test_how_many_replicas_to_wait_for_is_ours_alone() -> None:
+    address = parse("redis://:word@127.0.0.1:7000/1?replicas=2&socket_timeout=5")
+    assert address.replicas == 2
+    assert "replicas=2" in address.redacted()
+    assert "replicas" not in address.for_redis_py() + address.for_celery()
+    with pytest.raises(ConfigurationError):
+        parse("redis://127.0.0.1:7000/1?replicas=many")
 
 
 @given(unix | tcp)
