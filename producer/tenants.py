@@ -69,7 +69,8 @@ class Tenants:
     def __init__(self, client: Any, keys: Keys) -> None:
         self._client = client
         self._keys = keys
-        self._known: dict[str, tuple[float, Limits]] = {}
+        self._known: dict[str, tuple[float, bool]] = {}
+        """When it was looked up, and whether there are limits per minute: only then is each request counted."""
 
     async def limits(self, tenant: str) -> Limits:
         stored = await self._client.hget(self._keys.limits, tenant)
@@ -85,13 +86,14 @@ class Tenants:
 
     async def take(self, tenant: str, requests: int) -> Rate | None:
         """Count ``requests`` (0 only looks) against the tenant's limits per minute; None if it has none."""
-        read_s, limits = self._known.get(tenant, (0.0, Limits()))
-        if limits == Limits():
+        read_s, has_rate = self._known.get(tenant, (0.0, False))
+        if not has_rate:
             if time.monotonic() - read_s < _CACHE_S:
                 return None
             limits = await self.limits(tenant)
-            self._known[tenant] = (time.monotonic(), limits)
-            if limits == Limits():
+            has_rate = limits.requests_per_minute is not None or limits.tokens_per_minute is not None
+            self._known[tenant] = (time.monotonic(), has_rate)
+            if not has_rate:
                 return None
         r = await scripts.run(self._client, "rate", self._keys.prefix, tenant, requests)
         told = {"requests": tuple(map(int, r[1:4])), "tokens": tuple(map(int, r[4:7]))}
