@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 from tests.contract import small_models  # noqa: E402
 from tests.contract.test_transformers import answer, assert_best, prompt, sequence, started, until  # noqa: E402
+from tokenfleet.engines.choice import DeliveredChoice  # noqa: E402
 from tokenfleet.engines.generation import GenerationJob, generate_deltas  # noqa: E402
 from tokenfleet.engines.hf_tokenizer import HFTokenizer  # noqa: E402
 from tokenfleet.wire.chat import GenerationParams  # noqa: E402
@@ -152,6 +153,19 @@ async def test_sampled_beams_are_drawn_as_transformers_draws_them(llama):
     assert statistic < len(cells) + 4 * (2 * len(cells)) ** 0.5
     again = await answer(engine, wanted[5])
     assert again == await answer(engine, replace(wanted[5], sequence_id="elsewhere"))
+
+
+async def test_a_search_that_lost_its_worker_begins_anew_and_comes_to_the_same(llama):
+    engine, _ = llama
+    for params in (GREEDY, {"seed": 8}):
+        asked = job(engine, {"n": 2, **params})
+        events = await events_of(engine, asked)
+        assert await events_of(engine, replace(asked, attempt=2)) == events
+        whole = {event.choice: event for event in events if not isinstance(event, ChoiceFinished)}
+        ends = {event.choice: event for event in events if isinstance(event, ChoiceFinished)}
+        delivered = {0: DeliveredChoice(whole[0].ids, whole[0].text)}  # its end was not stored any more
+        again = await events_of(engine, replace(asked, attempt=2, delivered=delivered))
+        assert sorted(again, key=lambda event: (event.choice, type(event).__name__)) == [ends[0], ends[1], whole[1]]
 
 
 async def test_leaving_ends_a_search_and_frees_its_slots(llama):
