@@ -186,6 +186,7 @@ class AsyncClient:
 
     async def aclose(self) -> None:
         await asyncio.gather(*self._background, return_exceptions=True)
+        await self.media.aclose()
         if self._collecting is not None:
             await self._collecting.close()
         await self._redis.aclose()

@@ -76,6 +76,10 @@ class MediaStore:
             elif len(data) > self.settings.inline_bytes and (lost := await self._lost_file(entry)):
                 await self._once(entry, data, lost)
 
+    async def aclose(self) -> None:
+        """Wait for uploads whose submitters have left."""
+        await asyncio.gather(*self._uploads.values(), return_exceptions=True)
+
     def check_size(self, size: int) -> None:
         """Raises `InvalidRequest` (``media_too_large``)."""
         if size > self.settings.limit_bytes:

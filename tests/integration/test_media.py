@@ -84,6 +84,7 @@ def test_the_queue_and_the_ledger_hold_hashes_only(seeing: Fleet) -> None:
 
 def test_jobs_and_tenants_share_what_is_theirs(seeing: Fleet) -> None:
     client, image = seeing.client(), padded(png(4), 1_000_000)
+    text_of(client, "So?", images=[png(4)])  # a script that Redis has not yet is sent with all its arguments once more
     with seeing.redis.client() as redis:
         before = redis.info("stats")["total_net_input_bytes"]
         jobs = client.submit_many([f"question {k}" for k in range(20)], images=[image], **GREEDY)
@@ -307,6 +308,27 @@ def test_too_large_is_refused_before_it_is_sent(seeing: Fleet) -> None:
         client.submit("Look", images=[padded(png(1), 1001)])
     assert caught.value.code == "media_too_large"
     assert "folder" in caught.value.hint
+
+
+def test_who_waits_for_an_upload_may_leave(seeing: Fleet) -> None:
+    from tokenfleet import AsyncClient
+
+    image = padded(png(30), 2_000_000)
+
+    async def leave() -> None:
+        async with AsyncClient(seeing.redis.url, fleet=seeing.redis.fleet, model=MODEL) as client:
+            first, second = (asyncio.create_task(client.upload("image", image)) for _ in range(2))
+            while not client.media._uploads:
+                await asyncio.sleep(0)
+            first.cancel()
+            assert (await second).type == "image"
+            third = asyncio.create_task(client.upload("image", padded(png(31), 2_000_000)))
+            while not client.media._uploads:
+                await asyncio.sleep(0)
+            third.cancel()
+
+    asyncio.run(leave())
+    assert len(keys(seeing, f"media:{entry(image)}")) == 1
 
 
 def test_an_upload_may_be_repeated(seeing: Fleet) -> None:
