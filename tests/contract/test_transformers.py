@@ -333,6 +333,28 @@ async def test_a_pass_that_fails_costs_only_the_request_to_blame(tmp_path):
             await engine.check()
 
 
+async def test_for_want_of_memory_the_largest_request_fails_and_the_others_go_on(tmp_path):
+    model = small_models.save("llama", tmp_path)
+    async with started(tmp_path) as engine:
+        is_full = True
+
+        def fail(module, args):
+            nonlocal is_full
+            if is_full and args[0].shape == (3, 1):
+                is_full = False
+                raise torch.OutOfMemoryError("no room for three rows")
+
+        engine._loaded.model.get_input_embeddings().register_forward_pre_hook(fail)
+        wanted = [sequence(prompt(9 + i, i), new=new, **GREEDY) for i, new in enumerate((20, 90, 25))]
+        small, large, other = await asyncio.gather(*(answer(engine, each) for each in wanted), return_exceptions=True)
+        assert not is_full
+        assert (type(large), large.code) == (EngineError, "out_of_memory")
+        for each, (ids, _) in ((wanted[0], small), (wanted[2], other)):
+            assert len(ids) == each.max_new_tokens
+            assert_best(model, each.prompt_ids, ids)
+        await engine.check()
+
+
 async def test_closing_cancels_what_runs_and_what_waits(tmp_path):
     small_models.save("llama", tmp_path)
     async with started(tmp_path, max_batch_size=2) as engine:
