@@ -61,7 +61,7 @@ class Pace:
         now_s = time.monotonic()
         took_s, self._before_s = now_s - self._before_s, now_s
         if took_s < _IDLE_S:
-            self._step_s += (took_s - self._step_s) / 16
+            self._step_s = self._step_s + (took_s - self._step_s) / 16 if self._step_s else took_s
         if not self._step_s:
             return 1
         return max(1, math.ceil(requests / (_MESSAGES_PER_S * self._step_s)))
