@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -389,4 +390,32 @@ def test_a_stopped_gateway_hands_over_at_once_and_an_outage_of_redis_is_waited_o
             assert (batch.status, batch.request_counts.completed) == ("completed", 60)
             assert set(rows_of(client, batch.output_file_id)) == {f"r{k}" for k in range(60)}
     finally:
+        second.close()
+
+
+def test_a_frozen_driver_that_wakes_up_is_fenced(fleet: Fleet, tmp_path: Path) -> None:
+    worker = fleet.start_worker()
+    settings = {"storage": tmp_path / "s", "batch_lease_s": 1, "batch_window": 4}
+    frozen = start_gateway(fleet, **settings)
+    with openai.OpenAI(base_url=f"{frozen.url}/v1", api_key="none", max_retries=0) as client:
+        batch_id = create(client, [row(f"r{k}", max_tokens=60) for k in range(60)]).id
+        wait_until(lambda: any(line["event"] == "end" for line in worker.record), 20)
+    os.killpg(frozen.process.pid, signal.SIGSTOP)
+    redis, key = fleet.redis.client(), f"tokenfleet:{fleet.redis.fleet}:batch:{batch_id}"
+    owner = redis.hget(key, "owner")
+    second = start_gateway(fleet, **settings)
+    try:
+        wait_until(lambda: redis.hget(key, "owner") != owner, 20)
+        new = redis.hget(key, "owner")
+        os.killpg(frozen.process.pid, signal.SIGCONT)
+        with openai.OpenAI(base_url=f"{second.url}/v1", api_key="none", max_retries=0) as client:
+            assert client.batches.retrieve(batch_id).status == "in_progress"
+            batch = ended(client, batch_id)
+            assert redis.hget(key, "owner") == new
+            assert batch.request_counts.completed == 60
+            assert set(rows_of(client, batch.output_file_id)) == {f"r{k}" for k in range(60)}
+        assert sum(line["event"] == "prefill" for line in worker.record) == 60, "no row ran twice"
+    finally:
+        os.killpg(frozen.process.pid, signal.SIGCONT)
+        frozen.close()
         second.close()
