@@ -70,14 +70,16 @@ class _Watch:
 
     def wait(self) -> None:
         """Until the worker is gone."""
+        os.set_blocking(0, False)
+        poller = select.poll()
+        poller.register(0, select.POLLIN)
         try:
             worker = os.pidfd_open(self.pid)
-        except ProcessLookupError:
+        except ProcessLookupError:  # killed while we started: what it had told us still lies in the pipe
+            with contextlib.suppress(BlockingIOError):
+                self._hear(poller)
             return
-        poller = select.poll()
         poller.register(worker, select.POLLIN)
-        poller.register(0, select.POLLIN)
-        os.set_blocking(0, False)
         while True:
             ready = dict(poller.poll(1000))
             if ready.get(0, 0) & (select.POLLIN | select.POLLHUP):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 from itertools import islice
 
@@ -81,6 +83,22 @@ def test_a_shorter_lease_finds_a_lost_machine_sooner(fleet: Fleet) -> None:
         assert min(verdict.stalls_s) > 0.3, "somebody told: it was not the lease"
         assert max(verdict.stalls_s) < 3.0
         assert {ledger_of(fleet, job)["strikes"] for job in jobs} == {"0"}
+
+
+def test_a_guardian_that_came_too_late_still_buries_its_worker(fleet: Fleet) -> None:
+    """Started by a worker that was killed before its guardian looked: all it has is what it was told."""
+    lease = {"TOKENFLEET_LEASE": '{"lease_s": 60.0}'}  # the lease can't be what tells
+    worker = fleet.start_worker(token_ms=10.0, env=lease)
+    job = fleet.client().submit("count", max_new_tokens=TOKENS)
+    with job.stream() as stream:
+        assert len(ids_of(list(islice(stream, 20)))) >= 10
+        owner = ledger_of(fleet, job)["worker"]
+        guardian_of(worker).kill()
+        worker.kill_group()
+        worker.wait()
+        told = f"{worker.pid}\n{fleet.redis.url}\n{fleet.redis.fleet}\n{owner}\n"
+        subprocess.run([sys.executable, "-m", "tokenfleet.workers.guardian"], input=told.encode(), check=True)
+        assert job.status().state == "queued"
 
 
 def guardian_of(worker: Worker) -> psutil.Process:
