@@ -192,7 +192,7 @@ ALLOWED = {
     "engines": {"core", "hf", "vllm", "sglang"},
     "workers": {"core", "hf", "local", "flower"},
     "tests": {"core", "dev", "local", "hf", "gateway", "flower", "packaging"},
-    "bench": {"core", "dev", "local", "hf", "gateway"},
+    "bench": {"core", "dev", "local", "hf", "gateway", "vllm", "sglang"},
 }
 
 
