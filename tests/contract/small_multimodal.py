@@ -104,9 +104,13 @@ def _qwen_vl(
     return model_class(config)
 
 
-def _qwen2_vl(folder):
-    vision = {"embed_dim": 32, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 2}
-    return _qwen_vl(folder, hf.Qwen2VLConfig, hf.Qwen2VLForConditionalGeneration, vision)
+def _qwen2_vl(folder, head_dim=12):
+    """``head_dim`` 32 is vLLM's least on a CPU."""
+    hidden, half = 4 * head_dim, head_dim // 2
+    vision = {"embed_dim": 32 if hidden == 48 else 64, "hidden_size": hidden, "num_heads": 2, "mlp_ratio": 2}
+    sections = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
+    text = {"hidden_size": hidden, "rope": {"mrope_section": sections}}
+    return _qwen_vl(folder, hf.Qwen2VLConfig, hf.Qwen2VLForConditionalGeneration, vision, text)
 
 
 def _qwen2_5_vl(folder):

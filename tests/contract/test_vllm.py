@@ -318,3 +318,53 @@ async def test_images_are_seen_and_counted_beside_texts(tmp_path):
             await answer((await asked(["image"] * 70, [images[0]] * 70))[1])
     finally:
         await engine.close()
+
+
+async def test_qwens_images_and_videos_are_seen_as_transformers_sees_them(tmp_path):
+    pytest.importorskip("torchvision", reason="vLLM's models that see need it; see docs/media.md")
+    import torch
+    import transformers as hf
+
+    from tests import media_files
+    from tests.contract import small_multimodal
+    from tests.contract.test_media import chat
+    from tokenfleet.engines.base import Media
+    from tokenfleet.engines.media import MediaSettings
+    from tokenfleet.engines.registry import ModelSettings, load
+    from tokenfleet.engines.transformers_engine.processing import load_processor
+
+    model = small_multimodal.save("qwen2_vl", tmp_path, head_dim=32)
+    hf.Qwen2VLVideoProcessor(size={"shortest_edge": 28 * 28, "longest_edge": 112 * 112}).save_pretrained(tmp_path)
+    args = {
+        "model_name_or_path": str(tmp_path), "max_batch_size": 4, "vllm_enforce_eager": True, "infer_dtype": "float32",
+        "vllm_config": {"kv_cache_memory_bytes": 1 << 27}, "vllm_maxlen": 1024,
+    }  # fmt: skip
+    loaded = await load("vllm", args, ModelSettings("m"))
+    tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path)
+    plain = load_processor(tmp_path, tokenizer, MediaSettings(), trust_remote_code=False)
+    try:
+        assert loaded.engine.info.modalities == ("text", "image", "video")
+        for medium in (Media("image", media_files.image_file(1)), Media("video", media_files.video_file(1))):
+            request = chat([medium.kind, "What?"], [medium])
+            prompt = await asyncio.to_thread(loaded.render, request, (medium,))
+            ids = []
+            params = GenerationParams(do_sample=False, ignore_eos=True)
+            async with aclosing(
+                loaded.engine.generate(Sequence("s", prompt.ids, params, 12, media=(medium,)))
+            ) as chunks:
+                async for chunk in chunks:
+                    ids += chunk.ids
+            prepared, token = plain.prepared([medium]), plain.tokens[medium.kind]
+            pad, count = tokenizer.convert_tokens_to_ids(token), prepared.texts[medium.kind][0].count(token)
+            expanded = [each for one in prompt.ids for each in ([pad] * count if one == pad else [one])]
+            assert prompt.tokens == len(expanded)
+            given = torch.tensor([expanded])
+            with torch.inference_mode():
+                out = model.generate(
+                    input_ids=given, attention_mask=torch.ones_like(given), **prepared.inputs,
+                    mm_token_type_ids=plain.token_types(expanded), do_sample=False, max_new_tokens=12,
+                    eos_token_id=None,
+                )  # fmt: skip
+            assert ids == out[0, len(expanded) :].tolist()
+    finally:
+        await loaded.engine.close()
