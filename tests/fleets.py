@@ -115,14 +115,14 @@ class Fleet:
             self.wait_ready(worker, index)
         return worker
 
-    def wait_ready(self, worker: Worker, index: int) -> None:
+    def wait_ready(self, worker: Worker, index: int, timeout_s: float = 60) -> None:
         state = self.folder / f"state-{index}.json"
 
         def is_ready() -> bool:
             assert worker.process.poll() is None, f"the worker exited:\n{worker.log[-3000:]}"
             return state.exists() and b'"ready"' in state.read_bytes() and " ready." in worker.log
 
-        wait_until(is_ready, 60, "a ready worker")
+        wait_until(is_ready, timeout_s, "a ready worker")
 
     def client(self, **options: Any) -> Client:
         client = Client(self.redis.url, fleet=self.redis.fleet, **options)

@@ -52,6 +52,7 @@ MANY_COLOURS = {"type": "array", "items": {"enum": COLOURS}, "minItems": 40, "ma
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)  # torch and the model are loaded three times
 def test_a_real_models_streams_go_on_where_they_were_cut(fleet: Fleet) -> None:
     """Plain, with an adapter, with logprobs, several choices, penalties, and in a grammar: one kill cuts them all."""
     torch = pytest.importorskip("torch")
@@ -62,7 +63,8 @@ def test_a_real_models_streams_go_on_where_they_were_cut(fleet: Fleet) -> None:
     arguments = {"model_name_or_path": str(folder), "infer_dtype": "float32", "max_batch_size": 16, "threads": 1,
                  "adapters": {"tuned": str(adapter)}}  # fmt: skip
     real = {"TOKENFLEET_ENGINE": "transformers", "TOKENFLEET_ENGINE_ARGS": json.dumps(arguments)}
-    first = fleet.start_worker(env=real)
+    first = fleet.start_worker(env=real, wait=False)
+    fleet.wait_ready(first, 0, 150)
     with Trial(fleet) as trial:
         greedy: dict[str, Any] = {"do_sample": False, "max_new_tokens": 200, "ignore_eos": True}
 

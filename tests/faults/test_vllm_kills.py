@@ -36,16 +36,6 @@ def start(fleet: Fleet) -> Worker:
     return fleet.start_worker(wait=False, env=env)
 
 
-def wait_ready(fleet: Fleet, worker: Worker) -> None:
-    state = fleet.folder / f"state-{fleet.workers.index(worker)}.json"
-
-    def is_ready() -> bool:
-        assert worker.process.poll() is None, f"the worker exited:\n{worker.log[-3000:]}"
-        return state.exists() and b'"ready"' in state.read_bytes() and " ready." in worker.log
-
-    wait_until(is_ready, 250, "a ready vLLM worker")
-
-
 def busiest(fleet: Fleet, trial: Trial) -> Worker:
     """By the ledger."""
     pids = {each["id"]: int(each["pid"]) for each in trial.client.workers()}
@@ -61,7 +51,7 @@ def test_streams_survive_vllms_engine_core_and_its_worker(fleet: Fleet) -> None:
     torch = pytest.importorskip("torch")
     hf = pytest.importorskip("transformers")
     for worker in [start(fleet), start(fleet)]:
-        wait_ready(fleet, worker)
+        fleet.wait_ready(worker, fleet.workers.index(worker), 250)
     with Trial(fleet) as trial:
         greedy: dict[str, Any] = {"do_sample": False, "max_new_tokens": 250, "ignore_eos": True, "model": MODEL}
         jobs = [trial.submit(f"Tell me {k} things about rivers.", **greedy) for k in range(6)]
@@ -78,7 +68,7 @@ def test_streams_survive_vllms_engine_core_and_its_worker(fleet: Fleet) -> None:
         assert victim.wait(30) != 0, "a supervisor would not start it again"
         wait_until(lambda: all_gone(family), 10, "all of its processes are gone")
         spare = start(fleet)
-        wait_ready(fleet, spare)
+        fleet.wait_ready(spare, fleet.workers.index(spare), 250)
         more = [trial.submit(f"Count to {k} thousand.", **greedy) for k in range(6)]
         readings = trial.watch(more)
         trial.until_streaming(10, readings, timeout_s=120)
