@@ -70,10 +70,10 @@ def test_a_shorter_lease_finds_a_lost_machine_sooner(fleet: Fleet) -> None:
     lease = {"TOKENFLEET_LEASE": '{"heartbeat_s": 0.3, "lease_s": 1.0}'}
     first = fleet.start_worker(salted=True, token_ms=10.0, env=lease)
     with Trial(fleet) as trial:
-        jobs = trial.submit_many(4, max_new_tokens=700)
+        jobs = trial.submit_many(4, max_new_tokens=2500)
         trial.watch(jobs)
         trial.until_streaming(10)
-        fleet.start_worker(salted=True, token_ms=5.0, env=lease)
+        fleet.start_worker(salted=True, token_ms=1.0, env=lease)
         guardian = guardian_of(first)
         trial.fault("SIGKILL with guardian", first.pid)
         guardian.kill()
@@ -81,7 +81,7 @@ def test_a_shorter_lease_finds_a_lost_machine_sooner(fleet: Fleet) -> None:
         verdict = trial.judge()
         assert verdict.cut_streams == 4
         assert min(verdict.stalls_s) > 0.3, "somebody told: it was not the lease"
-        assert max(verdict.stalls_s) < 3.0
+        assert max(verdict.stalls_s) < 5.0
         assert {ledger_of(fleet, job)["strikes"] for job in jobs} == {"0"}
 
 
