@@ -308,7 +308,7 @@ def _ended_t(run: Run, job_id: str) -> float:
 
 def flood(scale: Scale, seed: int) -> Row:
     """More jobs than the queue takes, as fast as one client can; with a kill in the middle."""
-    small = Scale(streams=1, token_ms=1.0, tokens=20)
+    small = Scale(streams=1, token_ms=5.0, tokens=600)
     with streaming(small, seed) as run:
         run.trial.until_over(30)
         client = run.fleet.client(max_queued=1000)
