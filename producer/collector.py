@@ -186,6 +186,9 @@ class Collector:
         self._followers: dict[str, set[Follower]] = {}
         self._confirmed: dict[str, asyncio.Future[None]] = {}
         self._pubsub: Any = ledger.client.pubsub()
+        # redis-py's PubSub takes a connection for each of several first calls, and a closed one a new one: without
+        # this, readers that begin while channels are being reconnected would drain the pool.
+        self._subscribing = asyncio.Lock()
         self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._leaving: set[asyncio.Task[None]] = set()
@@ -216,7 +219,8 @@ class Collector:
             self._confirmed[job_id] = asyncio.get_running_loop().create_future()
             # While Redis is away the listener subscribes to all that there is once it is back.
             with contextlib.suppress(RedisError, OSError):
-                await self._pubsub.subscribe(self._prefix + job_id)
+                async with self._subscribing:
+                    await self._pubsub.subscribe(self._prefix + job_id)
         self._changed.set()
         try:
             # Reading the log before the subscription stands could miss an event; but don't wait for ever.
@@ -238,9 +242,10 @@ class Collector:
             task.add_done_callback(self._leaving.discard)
 
     async def _unsubscribe(self, job_id: str) -> None:
-        if job_id not in self._followers:  # else somebody came back meanwhile
-            with contextlib.suppress(RedisError, OSError):
-                await self._pubsub.unsubscribe(self._prefix + job_id)
+        async with self._subscribing:
+            if job_id not in self._followers:  # else somebody came back meanwhile
+                with contextlib.suppress(RedisError, OSError):
+                    await self._pubsub.unsubscribe(self._prefix + job_id)
 
     async def _listen(self) -> None:
         """Hand what the channels say to the followers, until cancelled; reconnects by itself."""
@@ -261,12 +266,13 @@ class Collector:
                 self._dispatch(message)
 
     async def _resubscribe(self) -> None:
-        with contextlib.suppress(RedisError, OSError):
-            await self._pubsub.aclose()
-        self._pubsub = self._ledger.client.pubsub()
-        if self._followers:
+        async with self._subscribing:
             with contextlib.suppress(RedisError, OSError):
-                await self._pubsub.subscribe(*(self._prefix + job_id for job_id in self._followers))
+                await self._pubsub.aclose()
+            self._pubsub = self._ledger.client.pubsub()
+            if self._followers:
+                with contextlib.suppress(RedisError, OSError):
+                    await self._pubsub.subscribe(*(self._prefix + job_id for job_id in self._followers))
         for followers in self._followers.values():
             for follower in followers:
                 follower.check(follower.cursor + 1)  # whatever was said meanwhile is in the log

@@ -8,6 +8,10 @@ import pytest
 
 from tests.fleets import MODEL, Fleet
 from tokenfleet import AsyncClient
+from tokenfleet.producer.collector import Collector
+from tokenfleet.wire import urls
+from tokenfleet.wire.keys import Keys, new_id
+from tokenfleet.wire.ledger import Ledger
 
 
 @pytest.mark.timeout(120)
@@ -31,3 +35,25 @@ async def test_a_reader_that_is_cancelled_at_any_moment_stops(served: Fleet) -> 
             done, _ = await asyncio.wait([task], timeout=5)
             assert done, f"a reader cancelled after {turns} turns goes on"
             assert task.cancelled()
+
+
+async def test_many_readers_that_begin_at_once_share_one_subscription(served: Fleet) -> None:
+    """Also while their channels are cut: connections that nobody gives back would drain the pool in the end."""
+    connection = urls.connect_async(served.redis.url)
+    collector = Collector(Ledger(connection, Keys(served.redis.fleet)))
+
+    async def read() -> None:
+        async with collector.follow(new_id()):
+            await asyncio.sleep(0.05)
+
+    with served.redis.client() as killer:
+        for is_cut in (False, True, True):
+            reading = asyncio.gather(*(read() for _ in range(30)))
+            await asyncio.sleep(0.01)
+            if is_cut:
+                killer.client_kill_filter(_type="pubsub")
+            await reading
+            kept = len(connection.connection_pool._in_use_connections)
+            assert kept <= 1, f"{kept} connections are held for one subscription"
+    await collector.close()
+    await connection.aclose()
