@@ -1,4 +1,5 @@
-"""The README's two commands, as they stand there, on a copy that has nothing: no environment, no cache, no fleet."""
+"""The README's two commands and its examples, as they stand there, on a copy that has nothing: no environment, no
+cache, no fleet."""
 
 from __future__ import annotations
 
@@ -82,6 +83,27 @@ def test_the_first_command_sets_up_and_runs_the_main_job(checkout: Checkout) -> 
     assert "Paris" in checkout.run(
         ".venv/bin/tokenfleet chat --temperature 0", limit_s=60, text="What is the capital of France?\n"
     )
+
+
+def python_examples() -> list[str]:
+    """All but the one of OpenAI's API, which test_gateway_real_model.py runs."""
+    text = (ROOT / "README.md").read_text().split("## OpenAI's API", 1)[0]
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_python_examples_run_as_they_stand(checkout: Checkout) -> None:
+    """On the fleet of the first command; the first example starts a private one of its own."""
+    examples = python_examples()
+    assert len(examples) >= 5
+    url = checkout.run(".venv/bin/tokenfleet status --url", limit_s=60).strip()
+    outputs = [
+        checkout.run(".venv/bin/python -W error -", limit_s=300, text=example, TOKENFLEET_REDIS_URL=url)
+        for example in examples
+    ]
+    assert "The capital of France is Paris." in outputs[0]
+    assert all(output.strip() for output in outputs)
 
 
 @pytest.mark.slow
