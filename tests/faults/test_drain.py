@@ -22,7 +22,7 @@ def test_jobs_finish_within_the_grace_period(fleet: Fleet) -> None:
 
 
 def test_after_the_grace_period_jobs_are_handed_over_at_once(fleet: Fleet) -> None:
-    first = fleet.start_worker(salted=True, token_ms=10.0, env={"TOKENFLEET_GRACE_S": "0.5"})
+    first = fleet.start_worker(salted=True, token_ms=20.0, env={"TOKENFLEET_GRACE_S": "0.5"})
     with Trial(fleet) as trial:
         jobs = trial.submit_many(8, max_new_tokens=900)
         trial.watch(jobs)

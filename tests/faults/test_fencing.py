@@ -10,7 +10,7 @@ from tests.fleets import Fleet, wait_until
 
 
 def test_a_frozen_worker_that_comes_back_is_fenced(fleet: Fleet) -> None:
-    first = fleet.start_worker(salted=True, token_ms=10.0)
+    first = fleet.start_worker(salted=True, token_ms=20.0)
     with Trial(fleet) as trial:
         jobs = trial.submit_many(6, max_new_tokens=900)
         trial.watch(jobs)
@@ -50,12 +50,12 @@ def test_a_zombie_whose_jobs_are_long_gone_frees_its_slots(fleet: Fleet) -> None
 
 def test_a_worker_cut_off_from_redis_is_fenced_when_it_is_back(fleet: Fleet) -> None:
     with proxied(fleet.redis) as proxy, Trial(fleet) as trial:
-        first = fleet.start_worker(salted=True, token_ms=10.0, env={"TOKENFLEET_REDIS_URL": proxy.url})
+        first = fleet.start_worker(salted=True, token_ms=20.0, env={"TOKENFLEET_REDIS_URL": proxy.url})
         jobs = trial.submit_many(4, max_new_tokens=500)
         trial.watch(jobs)
         trial.until_streaming(20)
         # Slower than the first: what that one has to say when it is back would come next, were it let.
-        second = fleet.start_worker(salted=True, token_ms=20.0)
+        second = fleet.start_worker(salted=True, token_ms=30.0)
         trial.fault("partition")
         with proxy.partition():
             wait_until(lambda: len(running(second)) == 4, 20, "the second worker has all jobs")
