@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 
@@ -25,6 +26,10 @@ class Cancellable:
                 await super().send_packed_command(command, check_health)  # type: ignore[misc]
         except TimeoutError as error:
             raise RedisTimeoutError("Timeout writing to socket") from error
+        except RuntimeError as error:  # uvloop's word for a connection that is gone; asyncio's own loop only logs it
+            if "closed" not in str(error):
+                raise
+            raise RedisConnectionError("Connection closed while writing to socket") from error
         finally:
             self.socket_timeout = limit_s
 
