@@ -4,6 +4,7 @@ of 0.5.17 (GPU) were read."""
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from typing import Any
 
@@ -13,7 +14,8 @@ _ENVIRONMENT = {
 
 
 def import_sglang() -> None:
-    """Import SGLang and undo what its import does to the process: it makes uvloop everybody's event loop."""
+    """Import SGLang without what it does to the process: it makes uvloop everybody's event loop, and its start puts a
+    handler and a level of its own in the place of all that log."""
     import torch
 
     for name, value in _ENVIRONMENT.items():
@@ -21,9 +23,17 @@ def import_sglang() -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
     policy = asyncio.get_event_loop_policy()
-    import sglang.srt.entrypoints.engine  # noqa: F401
+    import sglang.srt.entrypoints.engine as entrypoint
 
     asyncio.set_event_loop_policy(policy)
+    assert hasattr(entrypoint, "configure_logger")
+    entrypoint.configure_logger = _set_level
+    logging.getLogger("sglang").setLevel(logging.WARNING)  # until `_set_level`; it logs all of its arguments before
+
+
+def _set_level(server_args: Any, prefix: str = "") -> None:
+    """In the place of `configure_logger` in the worker; schedulers have SGLang's own."""
+    logging.getLogger("sglang").setLevel(server_args.log_level.upper())
 
 
 def remove_state(manager: Any, rid: str) -> Any:
@@ -81,3 +91,17 @@ def carry_rows() -> None:
     SamplingBatchInfo.adjusted_filter_batch = keep
     SamplingBatchInfo.adjusted_merge_batch = join
     SamplingBatchInfo.copy_for_forward = copied
+
+
+def end_at_stop_ids_alone() -> None:
+    """In a scheduler process: a request's stop ids end it, nothing else. SGLang ends it at the model's EOS, too, unless
+    it is to ignore EOS, and then ignores its stop ids with it."""
+    from sglang.srt.managers.schedule_batch import Req
+
+    make = Req.__init__
+
+    def made(request: Any, *args: Any, **kwargs: Any) -> None:
+        make(request, *args, **kwargs)
+        request.eos_token_ids = None
+
+    Req.__init__ = made

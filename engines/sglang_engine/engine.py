@@ -125,6 +125,7 @@ class SglangEngine:
         manager.readers[rid] = Reader(mailbox, params.top_logprobs if params.logprobs else None)
         request = asyncio.create_task(self._request(rid, sequence, mailbox))
         self._active += 1
+        request.add_done_callback(self._forgotten)
         is_over = False
         try:
             while not is_over:
@@ -132,9 +133,12 @@ class SglangEngine:
                 is_over = chunk.finish_reason is not None
                 yield chunk
         finally:
-            self._active -= 1
             del manager.readers[rid]
             request.cancel()  # SGLang aborts what it has sent off and not seen the end of
+
+    def _forgotten(self, request: asyncio.Task[None]) -> None:
+        """Its slot is free, whether or not its reader has read all."""
+        self._active -= 1
 
     async def _request(self, rid: str, sequence: Sequence, mailbox: Mailbox) -> None:
         """Send a sequence to SGLang, and wait until SGLang has forgotten it."""

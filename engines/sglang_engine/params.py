@@ -20,7 +20,7 @@ def sampling_params(sequence: Sequence) -> dict[str, Any]:
         "max_new_tokens": sequence.max_new_tokens - len(sequence.delivered_ids),
         "temperature": 0.0 if sequence.params.is_greedy else 1.0,
         "stop_token_ids": stop_ids or None,
-        "ignore_eos": True,  # what ends a sequence is all in stop_ids
+        "ignore_eos": not stop_ids,  # would ignore those; without any SGLang can reserve all of the answer's cache
         "skip_special_tokens": False,
         "custom_params": custom_params(sequence, stop_ids),
     }

@@ -27,6 +27,7 @@ _BACKEND = "pytorch"
 def register() -> None:
     """In a scheduler's process, before it makes its sampler."""
     compat.carry_rows()
+    compat.end_at_stop_ids_alone()
     register_sampler_backend(_BACKEND, FleetSampler)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import logging
 import re
 import signal
 from contextlib import aclosing
@@ -27,6 +28,7 @@ pytestmark = [
     pytest.mark.timeout(400),
 ]
 PROMPT = (40, 41, 42, 43)
+HANDLER = logging.NullHandler()
 
 
 def options_of(folder, **others):
@@ -52,11 +54,18 @@ async def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sglang")
     plain = {None: _save_llama(folder / "model", byte_level(), torch, hf)}
     for seed, name in enumerate("ab"):
-        plain[name] = small_models.save_lora(folder / "model", folder / name, seed=seed)
+        merged = small_models.save_lora(folder / "model", folder / name, seed=seed)
+        # Once SGLang is imported, from_pretrained leaves rotary frequencies uninitialised; the constructor doesn't.
+        plain[name] = hf.LlamaForCausalLM(merged.config).eval()
+        plain[name].load_state_dict(merged.state_dict())
     engine = SglangEngine(options_of(folder))
+    logging.getLogger().addHandler(HANDLER)
+    level = logging.getLogger().level
     await engine.start()
+    assert logging.getLogger().level == level
     yield engine, plain
     await engine.close()
+    logging.getLogger().removeHandler(HANDLER)
 
 
 async def ids_of(engine, adapter=None, **params):
@@ -121,7 +130,8 @@ async def test_leaving_ends_one_request_alone_and_is_forgotten(models):
             await asyncio.sleep(0.01)
 
 
-async def test_the_process_keeps_its_signals_and_its_event_loop(models):
+async def test_the_process_keeps_its_signals_its_event_loop_and_its_log(models):
+    assert HANDLER in logging.getLogger().handlers
     assert signal.getsignal(signal.SIGQUIT) is signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert type(asyncio.get_event_loop_policy()).__module__.startswith("asyncio")

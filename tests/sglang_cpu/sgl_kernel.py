@@ -7,6 +7,8 @@ import importlib.machinery
 import sys
 import types
 
+import unpinned
+
 __path__: list[str] = []  # a package: `sgl_kernel.anything` can be imported
 
 
@@ -47,6 +49,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 sys.meta_path.insert(0, _Finder())
+unpinned.install()
 
 
 def __getattr__(name):

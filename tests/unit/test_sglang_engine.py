@@ -75,7 +75,8 @@ def test_what_ends_a_text_is_told_to_sglang_and_the_rest_to_the_sampler():
     params = GenerationParams(seed=7, min_tokens=5, repetition_penalty=3.0, logit_bias={4: 1.5}, stop_token_ids=(9,))
     sequence = Sequence("s", (1, 2), params, 20, seed=7, delivered_ids=(3, 4), eos_ids=frozenset({1}))
     told = sampling_params(sequence)
-    assert (told["max_new_tokens"], told["stop_token_ids"], told["ignore_eos"]) == (18, [1, 9], True)
+    # SGLang would ignore stop_token_ids with EOS.
+    assert (told["max_new_tokens"], told["stop_token_ids"], told["ignore_eos"]) == (18, [1, 9], False)
     ours = told["custom_params"]
     assert (ours["prompt"], ours["delivered"], ours["min_tokens"], ours["barred"]) == (2, 2, 5, [1, 9])
     assert (ours["repetition_penalty"], ours["bias_ids"], ours["bias"]) == (3.0, [4], [1.5])
