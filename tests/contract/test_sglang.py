@@ -58,7 +58,9 @@ async def models(tmp_path_factory):
         # Once SGLang is imported, from_pretrained leaves rotary frequencies uninitialised; the constructor doesn't.
         plain[name] = hf.LlamaForCausalLM(merged.config).eval()
         plain[name].load_state_dict(merged.state_dict())
-    engine = SglangEngine(options_of(folder))
+    # So little cache, and so much hope, that four long answers together don't fit.
+    tight = {"max_total_tokens": 1024, "schedule_conservativeness": 0.05}
+    engine = SglangEngine(options_of(folder, sglang_config=tight))
     logging.getLogger().addHandler(HANDLER)
     level = logging.getLogger().level
     await engine.start()
@@ -128,6 +130,25 @@ async def test_leaving_ends_one_request_alone_and_is_forgotten(models):
     async with asyncio.timeout(10):
         while manager.rid_to_state or manager.readers:
             await asyncio.sleep(0.01)
+
+
+async def test_an_answer_is_the_same_if_its_cache_is_taken_away_on_the_way(models, monkeypatch):
+    engine, _ = models
+    manager = engine._started.front.tokenizer_manager
+    handle, retractions = type(manager)._handle_batch_output, []
+
+    async def watch(manager, outputs):
+        retractions.extend(outputs.retraction_counts or ())
+        await handle(manager, outputs)
+
+    monkeypatch.setattr(type(manager), "_handle_batch_output", watch)
+    params = {"do_sample": True, "max_new_tokens": 400, "repetition_penalty": 1.2, "frequency_penalty": 0.2}
+    params |= {"stop_token_ids": (99,), "logit_bias": {99: -100.0}, "ignore_eos": True}
+    alone = [await ids_of(engine, seed=seed, **params) for seed in range(2)]
+    assert not any(retractions)
+    together = await asyncio.gather(*(ids_of(engine, seed=seed, **params) for seed in range(4)))
+    assert any(retractions), "none was: this proves nothing"
+    assert together[:2] == alone
 
 
 async def test_the_process_keeps_its_signals_its_event_loop_and_its_log(models):
