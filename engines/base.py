@@ -91,6 +91,8 @@ class EngineInfo:
     modalities: tuple[str, ...] = ("text",)
     eos_ids: frozenset[int] = frozenset()
     """What ends a text by the model's own generation config, beside the tokenizer's EOS."""
+    uncontinued: frozenset[str] = frozenset()
+    """Parameters that this engine, as it is loaded, can't continue after a takeover whatever the table says."""
 
 
 class Engine(Protocol):

@@ -92,9 +92,11 @@ def check_supported(engine_name: str, params: GenerationParams) -> None:
             )
 
 
-def continuation(engine_name: str, params: GenerationParams) -> Continuation:
-    """How a request with these parameters goes on after a takeover: as its weakest parameter does."""
-    cells = CONTINUATION[engine_name]
+def continuation(engine_name: str, params: GenerationParams, uncontinued: frozenset[str] = frozenset()) -> Continuation:
+    """How a request with these parameters goes on after a takeover: as its weakest parameter does.
+
+    ``uncontinued``: parameters that the engine says it can't continue (`EngineInfo`)."""
+    cells = {**CONTINUATION[engine_name], **dict.fromkeys(uncontinued, "no")}
     worst = max((_ORDER.index(cell) for param, cell in cells.items() if _is_used(params, param)), default=0)
     if not params.is_greedy and params.seed is None:
         worst = max(worst, _ORDER.index("valid"))

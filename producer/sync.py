@@ -172,10 +172,11 @@ class Client:
         *,
         model: str | None,
         job_id: str | None = None,
+        shown: bytes = b"",
         media: Mapping[str, bytes] | None = None,
     ) -> Job:
-        """`submit`, for a request that is built already."""
-        made = self.aio.submit_request(request, options, model=model, job_id=job_id, media=media)
+        """`submit`, for a request that is built already; see `AsyncClient.submit_request`."""
+        made = self.aio.submit_request(request, options, model=model, job_id=job_id, shown=shown, media=media)
         return Job(self.thread, self.thread.run(made))
 
     def upload(self, kind: Kind, source: Any, *, tenant: str = "") -> MediaPart:
@@ -201,6 +202,10 @@ class Client:
     def job(self, job_id: str, *, cancel_on_disconnect: bool = False) -> Job:
         """A job that was submitted elsewhere."""
         return Job(self.thread, self.aio.job(job_id, cancel_on_disconnect=cancel_on_disconnect))
+
+    def events(self, job_id: str, after: int = 0, count: int = 1000) -> list[tuple[int, AnyEvent]]:
+        """What a job's log has now after a cursor, without following it. Raises `LostState`, `FleetUnavailable`."""
+        return self.thread.run(self.aio.events(job_id, after, count))
 
     def models(self) -> dict[str, ServedModel]:
         return self.thread.run(self.aio.models())

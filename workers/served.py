@@ -104,7 +104,7 @@ class Served:
                 f"This model has no adapter {request.adapter!r}.", code="unknown_adapter", hint=f"It has: {known}.",
                 param="adapter",
             )  # fmt: skip
-        if claim.options.durable and continuation(info.name, request.params) == "no":
+        if claim.options.durable and continuation(info.name, request.params, info.uncontinued) == "no":
             raise InvalidRequest(
                 "This engine could not continue a request with these parameters after a worker's death.",
                 code="not_durable",
@@ -138,7 +138,7 @@ class Served:
         info = self.engine.info
         if claim.fingerprint != info.fingerprint:
             raise StreamInterrupted("The job's worker died, and the others serve another version of its model.")
-        if continuation(info.name, request.params) == "no":
+        if continuation(info.name, request.params, info.uncontinued) == "no":
             raise StreamInterrupted("The job's worker died, and this engine can't continue its parameters.")
 
     def _prepare_scores(self, request: ScoreRequest) -> Prepared:

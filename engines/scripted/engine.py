@@ -31,7 +31,7 @@ class ScriptedEngine:
         self.options = options or ScriptedOptions()
         self.tokenizer = ScriptedTokenizer()
         self._info = EngineInfo(
-            name=self.options.acts_as,
+            name="scripted",
             version=_VERSION,
             model=self.options.label,
             fingerprint=f"scripted-{_VERSION}-{self.options.label}-{'salted' if self.options.salted else 'plain'}",
@@ -41,6 +41,7 @@ class ScriptedEngine:
             adapters=self.options.adapters,
             can_score=True,
             modalities=tuple(self.options.modalities),
+            uncontinued=self.options.uncontinued,
         )
         self._record: Record | None = None
         self._running: set[Run] = set()

@@ -33,5 +33,5 @@ class ScriptedOptions(BaseModel):
     adapters: tuple[str, ...] = ()
     modalities: tuple[Literal["text", "image", "video", "audio"], ...] = ("text",)
     label: str = "scripted"
-    acts_as: Literal["scripted", "transformers", "vllm", "sglang"] = "scripted"
-    """The engine whose columns of `engines/support.py` hold: what it refuses, and what it can't continue."""
+    uncontinued: frozenset[str] = frozenset()
+    """Parameters that it says it can't continue after a takeover (it could)."""

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 ENDPOINTS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/score/evaluation"})
 ROW_RETENTION_S = 86400.0
 _TRIES = 3
+_LATER_S = 60.0
+"""A row's job outlives its batch's window by this much: it is the batch that ends it, with the batch's own error."""
 _LATER = frozenset({429, 503})
 """Not taken in now: the row waits, as long as its batch may."""
 _AGAIN = frozenset({409, 500, 502})
@@ -115,8 +117,8 @@ class RowClient(AsyncClient):
         if job_id is not None and job_id not in row.jobs:
             row.jobs.append(job_id)
         options = options.model_copy(
-            update={"priority": "batch", "retention_s": ROW_RETENTION_S, "deadline_s": row.window_s,
-                    "queue_ttl_s": row.window_s, "cancel_on_disconnect": False}
+            update={"priority": "batch", "retention_s": ROW_RETENTION_S, "deadline_s": row.window_s + _LATER_S,
+                    "queue_ttl_s": row.window_s + _LATER_S, "cancel_on_disconnect": False}
         )  # fmt: skip
         return await super()._submit(request, options, model, job_id, **more)
 

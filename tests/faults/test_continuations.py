@@ -120,8 +120,9 @@ def test_what_cant_be_continued_ends_with_a_typed_error(fleet: Fleet) -> None:
 
 
 def test_what_an_engine_cant_continue_is_refused_or_ends_with_its_worker(fleet: Fleet) -> None:
-    """The table's `no`: a job that must be durable is told before its first token, any other when its worker dies."""
-    first = fleet.start_worker(token_ms=10.0, acts_as="sglang")
+    """A job that must be durable is told before its first token, any other when its worker dies."""
+    uncontinued = {"uncontinued": ["presence_penalty"]}
+    first = fleet.start_worker(token_ms=10.0, **uncontinued)
     with Trial(fleet) as trial:
         loose, plain = (trial.submit("count", max_new_tokens=900, presence_penalty=p) for p in (0.5, 0.0))
         durable = trial.submit("count", max_new_tokens=900, durable=True)
@@ -129,7 +130,7 @@ def test_what_an_engine_cant_continue_is_refused_or_ends_with_its_worker(fleet: 
         cut = trial.watch([loose, plain, durable])
         [nothing] = trial.watch(refused)
         trial.until_streaming(20, cut)
-        fleet.start_worker(token_ms=3.0, acts_as="sglang", wait=False)
+        fleet.start_worker(token_ms=3.0, wait=False, **uncontinued)
         trial.kill(first)
         trial.judge(may_run_plain=True)
         with pytest.raises(StreamInterrupted):

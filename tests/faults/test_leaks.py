@@ -12,6 +12,7 @@ import psutil
 from tests.faults.trial import Trial, dump, running
 from tests.fleets import Fleet, wait_until
 from tokenfleet.wire.errors import TokenfleetError
+from tokenfleet.wire.urls import _MOST_CONNECTIONS
 
 
 def keys_of(fleet: Fleet) -> dict[str, int]:
@@ -68,6 +69,7 @@ def test_nothing_is_left_after_retention(fleet: Fleet) -> None:
         left = {name: ttl for name, ttl in left.items() if ":worker" not in name}
         dump(fleet, leftovers=left)
         assert not left
-        assert process.num_fds() <= fds + 8
+        # A pool keeps the connections that its busiest moment needed; what leaks a descriptor a job leaks 400.
+        assert process.num_fds() <= fds + _MOST_CONNECTIONS + 8
         assert process.num_threads() <= threads + 2
         assert not [path for path in Path(f"/proc/{second.pid}/fd").iterdir() if "(deleted)" in str(path.resolve())]

@@ -395,7 +395,7 @@ def test_a_stopped_gateway_hands_over_at_once_and_an_outage_of_redis_is_waited_o
 
 def test_a_frozen_driver_that_wakes_up_is_fenced(fleet: Fleet, tmp_path: Path) -> None:
     worker = fleet.start_worker()
-    settings = {"storage": tmp_path / "s", "batch_lease_s": 1, "batch_window": 4}
+    settings = {"storage": tmp_path / "s", "batch_lease_s": 3, "batch_window": 4}
     frozen = start_gateway(fleet, **settings)
     with openai.OpenAI(base_url=f"{frozen.url}/v1", api_key="none", max_retries=0) as client:
         batch_id = create(client, [row(f"r{k}", max_tokens=60) for k in range(60)]).id

