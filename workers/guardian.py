@@ -81,13 +81,13 @@ class _Watch:
             return
         poller.register(worker, select.POLLIN)
         while True:
+            for pid in _descendants(self.pid):  # at once: a worker may die within its first second
+                self._descendants.setdefault(pid, _started(pid))
             ready = dict(poller.poll(1000))
             if ready.get(0, 0) & (select.POLLIN | select.POLLHUP):
                 self._hear(poller)
             if worker in ready:
                 return
-            for pid in _descendants(self.pid):
-                self._descendants.setdefault(pid, _started(pid))
 
     def _hear(self, poller: select.poll) -> None:
         told = os.read(0, 4096)

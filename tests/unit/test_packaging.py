@@ -196,7 +196,7 @@ ALLOWED = {
 }
 
 
-OURS = {"tokenfleet", "tests", "bench", *FOLDERS}
+OURS = {"tokenfleet", "tests", "bench", *FOLDERS, *(file.stem for file in (ROOT / "tests" / "sglang_cpu").glob("*.py"))}
 
 
 def imported(folder: Path) -> dict[str, Path]:
