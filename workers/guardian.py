@@ -18,12 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-from redis.exceptions import RedisError
-
-from tokenfleet.wire import scripts, urls
-from tokenfleet.wire.keys import Keys
-
 _PATIENCE_S = 10.0
+_START_S = 10.0
 
 
 class Guardian:
@@ -34,6 +30,16 @@ class Guardian:
         self._fleet = fleet
         self._process: subprocess.Popen[bytes] | None = None
         self._told = ""
+
+    def start(self) -> None:
+        """Before the engine loads: nobody else could tell whose the engine's processes are, if we died meanwhile."""
+        if sys.platform == "linux":
+            self._start()
+
+    def wait(self) -> None:
+        """Until it watches (it says so); not for ever, since a worker without a guardian still has its lease."""
+        if self._process is not None and self._process.stdout is not None:
+            select.select([self._process.stdout], [], [], _START_S)
 
     def tell(self, worker_id: str) -> None:
         """Called at every beat; starts the guardian (again, if somebody killed it) and passes on a new id. Linux only:
@@ -52,8 +58,9 @@ class Guardian:
     def _start(self) -> None:
         # The URL holds a password: it goes by pipe, not on a command line that everybody can read.
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tokenfleet.workers.guardian"], stdin=subprocess.PIPE, start_new_session=True
-        )
+            [sys.executable, "-m", "tokenfleet.workers.guardian"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.write(f"{os.getpid()}\n{self._redis_url}\n{self._fleet}\n".encode())
@@ -68,33 +75,41 @@ class _Watch:
         self.worker_id = ""
         self._descendants: dict[int, str] = {}
 
-    def wait(self) -> None:
-        """Until the worker is gone."""
+    def begin(self) -> bool:
+        """Look for the first time; False: the worker is gone already."""
         os.set_blocking(0, False)
-        poller = select.poll()
-        poller.register(0, select.POLLIN)
+        self._poller = select.poll()
+        self._poller.register(0, select.POLLIN)
         try:
-            worker = os.pidfd_open(self.pid)
+            self._worker = os.pidfd_open(self.pid)
         except ProcessLookupError:  # killed while we started: what it had told us still lies in the pipe
             with contextlib.suppress(BlockingIOError):
-                self._hear(poller)
-            return
-        poller.register(worker, select.POLLIN)
-        while True:
-            for pid in _descendants(self.pid):  # at once: a worker may die within its first second
-                self._descendants.setdefault(pid, _started(pid))
-            ready = dict(poller.poll(1000))
-            if ready.get(0, 0) & (select.POLLIN | select.POLLHUP):
-                self._hear(poller)
-            if worker in ready:
-                return
+                self._hear()
+            return False
+        self._poller.register(self._worker, select.POLLIN)
+        self._look()
+        return True
 
-    def _hear(self, poller: select.poll) -> None:
+    def wait(self) -> None:
+        """Until the worker is gone."""
+        while True:
+            ready = dict(self._poller.poll(1000))
+            if ready.get(0, 0) & (select.POLLIN | select.POLLHUP):
+                self._hear()
+            if self._worker in ready:
+                return
+            self._look()
+
+    def _look(self) -> None:
+        for pid in _descendants(self.pid):
+            self._descendants.setdefault(pid, _started(pid))
+
+    def _hear(self) -> None:
         told = os.read(0, 4096)
         if told:
             self.worker_id = told.decode().strip().splitlines()[-1]
         else:
-            poller.unregister(0)
+            self._poller.unregister(0)
 
     def kill_what_is_left(self) -> None:
         """Its descendants, and theirs; a pid that means another process by now is left alone."""
@@ -127,6 +142,11 @@ def _started(pid: int) -> str:
 
 
 def _bury(redis_url: str, fleet: str, worker_id: str) -> None:
+    from redis.exceptions import RedisError
+
+    from tokenfleet.wire import scripts, urls
+    from tokenfleet.wire.keys import Keys
+
     until = time.monotonic() + _PATIENCE_S
     while time.monotonic() < until:
         try:
@@ -147,7 +167,14 @@ def main() -> None:
         head += byte
     pid, redis_url, fleet = head.decode().splitlines()
     watch = _Watch(int(pid))
-    watch.wait()
+    if watch.begin():
+        with contextlib.suppress(BrokenPipeError):
+            os.write(1, b"w")
+        # Only now, for these imports take longer than all before, and in time for the burial.
+        import tokenfleet.wire.scripts
+        import tokenfleet.wire.urls  # noqa: F401
+
+        watch.wait()
     if watch.worker_id:
         _bury(redis_url, fleet, watch.worker_id)
     watch.kill_what_is_left()

@@ -97,8 +97,8 @@ class Runtime:
         self.ledger = Ledger(self._client, self.keys)
         self.media = MediaStore(self._client, self.keys, MediaSettings(folder=settings.media_folder))
         self.publisher = Publisher(Ledger(connect(), self.keys, replicas=urls.parse(settings.redis_url).replicas))
-        guardian = Guardian(settings.redis_url, settings.fleet)
-        self.lease = Lease(connect_blocking, self.keys, settings.lease, self, guardian)
+        self._guardian = Guardian(settings.redis_url, settings.fleet)
+        self.lease = Lease(connect_blocking, self.keys, settings.lease, self, self._guardian)
         self._room = asyncio.Condition()
         self._gate = Gate()
         self._progress = Progress(lambda: self.served.engine.steps, settings.hang_s)
@@ -109,7 +109,9 @@ class Runtime:
     async def open(self) -> AsyncIterator[None]:
         """Load the engine, register, serve; at the end hand over what still runs, then close."""
         self.loop = asyncio.get_running_loop()
+        self._guardian.start()
         await self.served.start()
+        await asyncio.to_thread(self._guardian.wait)
         self.lease.start()
         while not self.lease.registered.is_set():  # noqa: ASYNC110  (set by a thread; Redis may come up after us)
             await asyncio.sleep(0.02)
