@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 Options = TypeVar("Options", bound=BaseModel)
 
 ENGINES = ("transformers", "vllm", "sglang", "scripted")
+_CLASSES = {
+    "transformers": ("hf", "TransformersEngine", "TransformersOptions"),
+    "vllm": ("vllm", "VllmEngine", "VllmOptions"),
+    "sglang": ("sglang", "SglangEngine", "SglangOptions"),
+}
+"""The extra that an engine's packages come with, its class and its options'."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +60,8 @@ async def load(name: str, args: Mapping[str, Any], settings: ModelSettings) -> L
     match name:
         case "scripted":
             return await _scripted(args, settings)
-        case "transformers":
-            return await _transformers(args, settings)
-        case "vllm":
-            return await _vllm(args, settings)
-        case "sglang":
-            return await _sglang(args, settings)
+        case "transformers" | "vllm" | "sglang":
+            return await _of_model(name, args, settings)
         case _:
             raise ConfigurationError(f"There is no engine {name!r}.", hint=f"Engines: {', '.join(ENGINES)}.")
 
@@ -107,50 +110,19 @@ async def _scripted(args: Mapping[str, Any], settings: ModelSettings) -> Loaded:
     return Loaded(engine, tokenizer, render)
 
 
-async def _transformers(args: Mapping[str, Any], settings: ModelSettings) -> Loaded:
-    from tokenfleet.engines.transformers_engine.options import TransformersOptions
-
+async def _of_model(name: str, args: Mapping[str, Any], settings: ModelSettings) -> Loaded:
+    """An engine that loads a model's files."""
+    extra, engine_class, options_class = _CLASSES[name]
+    package = f"tokenfleet.engines.{name}_engine"
     given = {"label": settings.label, **args}
     if settings.slots is not None:
         given = {"max_batch_size": settings.slots, **given}
-    options = options_of(TransformersOptions, given, "transformers")
+    options = options_of(getattr(importlib.import_module(f"{package}.options"), options_class), given, name)
     try:
-        from tokenfleet.engines.transformers_engine import TransformersEngine
+        create = getattr(importlib.import_module(package), engine_class)
     except ImportError as error:
-        raise missing_extra("hf", "transformers", error) from error
-    engine = TransformersEngine(options)
-    await engine.start()
-    return await asyncio.to_thread(_with_hf_tokenizer, engine, settings)
-
-
-async def _vllm(args: Mapping[str, Any], settings: ModelSettings) -> Loaded:
-    from tokenfleet.engines.vllm_engine.options import VllmOptions
-
-    given = {"label": settings.label, **args}
-    if settings.slots is not None:
-        given = {"max_batch_size": settings.slots, **given}
-    options = options_of(VllmOptions, given, "vllm")
-    try:
-        from tokenfleet.engines.vllm_engine import VllmEngine
-    except ImportError as error:
-        raise missing_extra("vllm", "vllm", error) from error
-    engine = VllmEngine(options)
-    await engine.start()
-    return await asyncio.to_thread(_with_hf_tokenizer, engine, settings)
-
-
-async def _sglang(args: Mapping[str, Any], settings: ModelSettings) -> Loaded:
-    from tokenfleet.engines.sglang_engine.options import SglangOptions
-
-    given = {"label": settings.label, **args}
-    if settings.slots is not None:
-        given = {"max_batch_size": settings.slots, **given}
-    options = options_of(SglangOptions, given, "sglang")
-    try:
-        from tokenfleet.engines.sglang_engine import SglangEngine
-    except ImportError as error:
-        raise missing_extra("sglang", "sglang", error) from error
-    engine = SglangEngine(options)
+        raise missing_extra(extra, name, error) from error
+    engine = create(options)
     await engine.start()
     return await asyncio.to_thread(_with_hf_tokenizer, engine, settings)
 

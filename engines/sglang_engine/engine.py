@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
 from sglang.srt.managers.io_struct import EmbeddingReqInput
 
 from tokenfleet.engines.base import EngineInfo, Sequence, TokenChunk
+from tokenfleet.engines.checks import already_over, check_sequence, check_texts
 from tokenfleet.engines.grammar import GrammarCompiler
 from tokenfleet.engines.mailbox import Mailbox
 from tokenfleet.engines.sglang_engine.front import Reader
@@ -19,8 +20,8 @@ from tokenfleet.engines.sglang_engine.loading import LoadedSglang, load
 from tokenfleet.engines.sglang_engine.options import SglangOptions
 from tokenfleet.engines.sglang_engine.params import sampling_params
 from tokenfleet.engines.stopping import ending_ids
-from tokenfleet.wire.chat import GenerationParams
-from tokenfleet.wire.errors import ContextLengthExceeded, EngineDead, EngineError, InvalidRequest
+from tokenfleet.engines.warming import warm_up
+from tokenfleet.wire.errors import EngineDead, EngineError, InvalidRequest
 
 
 class SglangEngine:
@@ -70,7 +71,7 @@ class SglangEngine:
         try:
             self._watch(loaded)
             self._compiler = GrammarCompiler(loaded.tokenizer, loaded.info.vocab_size)
-            await self._warm_up()
+            await warm_up(self)
         except BaseException:
             await self.close()
             raise
@@ -99,22 +100,12 @@ class SglangEngine:
             asyncio.get_running_loop().remove_reader(descriptor)
             os.close(descriptor)
 
-    async def _warm_up(self) -> None:
-        """A token for each way to sample that is compiled or loaded at its first use."""
-        if self.info.can_score:
-            await self.score([(1, 1)])
-            return
-        for params in (GenerationParams(do_sample=False), GenerationParams(logprobs=True)):
-            async with aclosing(self.generate(Sequence("warm-up", (1, 1), params, 2))) as chunks:
-                async for _ in chunks:
-                    pass
-
     async def generate(self, sequence: Sequence) -> AsyncGenerator[TokenChunk, None]:
         await self.check()
-        if (over := _already_over(sequence)) is not None:
+        if (over := already_over(sequence)) is not None:
             yield over
             return
-        self._refuse_what_cannot_work(sequence)
+        check_sequence(self.info, sequence, can_generate=not self.info.can_score)
         if sequence.params.response_format.type != "text":
             await asyncio.to_thread(self._check_grammar, sequence)
         manager = self._started.front.tokenizer_manager
@@ -171,65 +162,10 @@ class SglangEngine:
         stop_ids = ending_ids(sequence.params, sequence.eos_ids)
         self._compiler.compile(sequence.params.response_format, sequence.delivered_ids, stop_ids)
 
-    def _refuse_what_cannot_work(self, sequence: Sequence) -> None:
-        info, params = self.info, sequence.params
-        if info.can_score:
-            raise InvalidRequest("This model gives scores, no text.", code="unsupported", hint="Ask for scores.")
-        prompt_tokens = len(sequence.prompt_ids)
-        if not prompt_tokens:
-            raise InvalidRequest("The prompt has no tokens.", param="prompt")
-        if prompt_tokens + sequence.max_new_tokens > info.context_tokens:
-            raise ContextLengthExceeded(
-                f"The prompt has {prompt_tokens} tokens; with {sequence.max_new_tokens} new ones that is more than "
-                f"the {info.context_tokens} there is room for.",
-                prompt_tokens=prompt_tokens,
-                max_new_tokens=sequence.max_new_tokens,
-                context_tokens=info.context_tokens,
-            )
-        self._refuse_foreign_ids("prompt", (*sequence.prompt_ids, *sequence.delivered_ids))
-        self._refuse_foreign_ids("logit_bias", params.logit_bias)
-        self._refuse_foreign_ids("stop_token_ids", params.stop_token_ids)
-        self._refuse_unknown_adapter(sequence.adapter)
-        if sequence.media:
-            raise InvalidRequest("This engine takes text only.", code="unsupported_parameter", param="media")
-        if params.num_beams > 1:
-            raise InvalidRequest(
-                "Beam search is not offered by this engine.", code="unsupported_parameter", param="num_beams"
-            )
-
-    def _refuse_foreign_ids(self, name: str, ids: Iterable[int]) -> None:
-        if any(not 0 <= token < self.info.vocab_size for token in ids):
-            raise InvalidRequest(
-                f"{name} has a token id outside of the model's vocabulary (0 to {self.info.vocab_size - 1}).",
-                param=name,
-            )
-
-    def _refuse_unknown_adapter(self, adapter: str | None) -> None:
-        if adapter is not None and adapter not in self.info.adapters:
-            raise InvalidRequest(
-                f"There is no adapter {adapter!r}.",
-                code="unknown_adapter",
-                hint=f"Loaded: {', '.join(self.info.adapters) or 'none'}.",
-                param="adapter",
-            )
-
     async def score(self, texts_ids: list[tuple[int, ...]], *, adapter: str | None = None) -> list[float]:
         await self.check()
-        if not self.info.can_score:
-            raise EngineError(
-                "This model gives no scores: it was loaded to generate.",
-                code="unsupported",
-                hint="Serve a sequence classifier; a value head is for transformers or vLLM.",
-            )
-        self._refuse_unknown_adapter(adapter)
-        for ids in texts_ids:
-            self._refuse_foreign_ids("input", ids)
-            if not 0 < len(ids) <= self.info.context_tokens:
-                raise ContextLengthExceeded(
-                    f"A text has {len(ids)} tokens; 1 to {self.info.context_tokens} can be scored.",
-                    prompt_tokens=len(ids),
-                    context_tokens=self.info.context_tokens,
-                )
+        hint = "Serve a sequence classifier; a value head is for transformers or vLLM."
+        check_texts(self.info, texts_ids, adapter, hint=hint)
         scores = [asyncio.create_task(self._score(ids, adapter)) for ids in texts_ids]
         self._scores.update(scores)
         try:
@@ -272,16 +208,6 @@ class SglangEngine:
             reader.mailbox.fail(EngineDead("The engine was closed."))
         await asyncio.to_thread(loaded.front.stop)
         await loaded.front.tokenizer_manager.close_channels()
-
-
-def _already_over(sequence: Sequence) -> TokenChunk | None:
-    """What is left of a continuation whose last token had been delivered when its worker died."""
-    delivered = sequence.delivered_ids
-    if delivered and delivered[-1] in ending_ids(sequence.params, sequence.eos_ids):
-        return TokenChunk((), (), "stop")
-    if len(delivered) >= sequence.max_new_tokens:
-        return TokenChunk((), (), "length")
-    return None
 
 
 def _dead() -> EngineDead:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenfleet.engines import models
 from tokenfleet.engines.base import EngineInfo
-from tokenfleet.engines.digests import folder_digest
+from tokenfleet.engines.folders import Folders, architectures, eos_ids, first_line
 from tokenfleet.engines.sglang_engine.front import FrontEnd
 from tokenfleet.engines.sglang_engine.options import SglangOptions
 from tokenfleet.wire.errors import ConfigurationError, EngineDead
@@ -39,11 +36,8 @@ def load(options: SglangOptions) -> LoadedSglang:
     import sglang
     import transformers
 
-    folder = _resolved(options.model_name_or_path, options, options.model_revision)
-    subfolder = options.adapter_folder or ""
-    adapters = {name: _resolved(path, options) / subfolder for name, path in options.adapters.items()}
-    fixed = [_resolved(name, options) / subfolder for name in options.adapter_name_or_path]
-    label = options.label or options.model_name_or_path.rstrip("/").rsplit("/", 1)[-1]
+    folders, label = Folders.of(options), options.shown_name
+    folder, adapters, fixed = folders.model, folders.chosen, folders.fixed
     for adapter in (*adapters.values(), *fixed):
         _check_adapter(adapter, options.allow_pickle)
     lora: dict[str | None, str] = {None: _FIXED} if fixed else {name: name for name in adapters}
@@ -55,11 +49,11 @@ def load(options: SglangOptions) -> LoadedSglang:
         raise ConfigurationError(f"SGLang {sglang.__version__} does not know this of sglang_config: {error}") from error
     except (RuntimeError, EOFError) as error:  # the scheduler's own reason is in its output, above
         raise EngineDead(
-            f"SGLang's scheduler did not start for {label!r}: {_first_line(error)}",
+            f"SGLang's scheduler did not start for {label!r}: {first_line(error)}",
             hint="Its reason stands above; often too little memory: lower sglang_maxlen or sglang_mem_fraction.",
         ) from error
     except (OSError, ValueError, KeyError, ImportError, AttributeError, AssertionError) as error:
-        raise ConfigurationError(f"The model {label!r} can't be loaded by SGLang: {_first_line(error)}") from error
+        raise ConfigurationError(f"The model {label!r} can't be loaded by SGLang: {first_line(error)}") from error
     manager = front.tokenizer_manager
     model = manager.model_config
     # Of prompt and answer together: SGLang silently cuts answers that end within two tokens of a limit of its own.
@@ -68,19 +62,22 @@ def load(options: SglangOptions) -> LoadedSglang:
         name="sglang",
         version=sglang.__version__,
         model=label,
-        fingerprint=_fingerprint(folder, fixed, adapters, str(model.dtype), options, sglang.__version__),
+        fingerprint=folders.fingerprint(
+            options,
+            dtype=str(model.dtype),
+            quantization=options.quantization,
+            # All of it: which of SGLang's arguments change the numbers is for SGLang to know.
+            sglang_config={name: repr(value) for name, value in sorted(options.sglang_config.items())},
+            sglang=sglang.__version__,
+        ),
         context_tokens=room,
         slots=options.max_batch_size,
         vocab_size=model.vocab_size,
         adapters=tuple(adapters),
         can_score=_is_classifier(folder),
-        eos_ids=_eos_ids(folder),
+        eos_ids=eos_ids(folder),
     )
     return LoadedSglang(front, tokenizer, info, lora)
-
-
-def _resolved(name: str, options: SglangOptions, revision: str | None = None) -> Path:
-    return models.resolve(name, revision=revision, allow_pickle=options.allow_pickle, cache=options.cache_dir)
 
 
 def _arguments(folder: Path, lora: Mapping[str, Path], options: SglangOptions) -> dict[str, Any]:
@@ -125,10 +122,7 @@ def _arguments(folder: Path, lora: Mapping[str, Path], options: SglangOptions) -
 
 def _is_classifier(folder: Path) -> bool:
     """Whether SGLang's classify path gives this model's scores: it can't generate then."""
-    config = json.loads((folder / "config.json").read_text())
-    return any(
-        name.endswith(("ForSequenceClassification", "RewardModel")) for name in config.get("architectures") or ()
-    )
+    return any(name.endswith(("ForSequenceClassification", "RewardModel")) for name in architectures(folder))
 
 
 def _check_adapter(folder: Path, allow_pickle: bool) -> None:
@@ -143,32 +137,3 @@ def _check_adapter(folder: Path, allow_pickle: bool) -> None:
             f"The adapter {folder.name!r} has no adapter_model.safetensors.",
             hint="Pickled weights can run code when loaded; set allow_pickle only for an adapter you trust.",
         )
-
-
-def _eos_ids(folder: Path) -> frozenset[int]:
-    try:
-        eos = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id")
-    except FileNotFoundError:
-        return frozenset()
-    return frozenset(eos if isinstance(eos, list) else () if eos is None else (eos,))
-
-
-def _fingerprint(
-    folder: Path, fixed: list[Path], adapters: Mapping[str, Path], dtype: str, options: SglangOptions, version: str
-) -> str:
-    facts = {
-        "weights": [folder_digest(each) for each in (folder, *fixed)],
-        "adapters": {name: folder_digest(path) for name, path in adapters.items()},
-        "dtype": dtype,
-        "quantization": options.quantization,
-        # All of it: which of SGLang's arguments change the numbers is for SGLang to know.
-        "sglang_config": {name: repr(value) for name, value in sorted(options.sglang_config.items())},
-        "sglang": version,
-        "tokenfleet": importlib.metadata.version("tokenfleet"),
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from tokenfleet.engines.vllm_engine.lifeline import leave_with_parent
+from tokenfleet.engines.lifeline import leave_with_parent
 
 _MESSAGES_PER_S = 8000
 """Chunks a second, of all requests together, that the worker's event loop has the time for beside its other work."""

@@ -15,11 +15,10 @@ import torch
 import transformers
 
 from tokenfleet.engines.base import EngineInfo, Sequence, TokenChunk
+from tokenfleet.engines.checks import already_over, check_sequence, check_texts
 from tokenfleet.engines.grammar import GrammarCompiler
 from tokenfleet.engines.mailbox import Mailbox
-from tokenfleet.engines.media.failures import check_kinds
 from tokenfleet.engines.stopping import ending_ids
-from tokenfleet.engines.support import check_supported
 from tokenfleet.engines.transformers_engine.batch import MediaInputs, PromptPass, Row
 from tokenfleet.engines.transformers_engine.beams import SearchRow, check_search
 from tokenfleet.engines.transformers_engine.kv import BatchCache
@@ -29,7 +28,7 @@ from tokenfleet.engines.transformers_engine.options import TransformersOptions
 from tokenfleet.engines.transformers_engine.processing import MediaProcessor
 from tokenfleet.engines.transformers_engine.sampling import SamplingState
 from tokenfleet.engines.transformers_engine.scoring import ScoreWork
-from tokenfleet.wire.errors import ConfigurationError, ContextLengthExceeded, EngineDead, EngineError, InvalidRequest
+from tokenfleet.wire.errors import ConfigurationError, EngineDead, EngineError
 
 _SHARE_OF_FREE_MEMORY = 0.3
 _CPU_SLOTS, _GPU_SLOTS = 16, 64
@@ -139,7 +138,7 @@ class TransformersEngine:
         self._info = EngineInfo(
             name="transformers",
             version=transformers.__version__,
-            model=options.label or options.model_name_or_path.rstrip("/").rsplit("/", 1)[-1],
+            model=options.shown_name,
             fingerprint=model.fingerprint,
             context_tokens=min(context, budget),
             slots=slots,
@@ -163,10 +162,13 @@ class TransformersEngine:
         await self.check()
         loop = self._loop
         assert loop is not None
-        if (over := _already_over(sequence)) is not None:
+        if (over := already_over(sequence)) is not None:
             yield over
             return
-        self._refuse_what_cannot_work(sequence)
+        info = self.info
+        check_sequence(info, sequence, can_generate=self._loaded.can_generate)
+        longest = len(sequence.prompt_ids) + sequence.max_new_tokens
+        check_search(sequence.params, longest, info.slots, self._budget_tokens)
         stop_ids = ending_ids(sequence.params, sequence.eos_ids)
         grammar = None
         if sequence.params.response_format.type != "text":
@@ -198,66 +200,17 @@ class TransformersEngine:
             if not is_over:
                 loop.abort(mailbox)
 
-    def _refuse_what_cannot_work(self, sequence: Sequence) -> None:
-        info, params = self.info, sequence.params
-        if not self._loaded.can_generate:
-            raise InvalidRequest("This model scores texts; it can't generate.", code="unsupported_parameter")
-        prompt_tokens = len(sequence.prompt_ids)
-        if not prompt_tokens:
-            raise InvalidRequest("The prompt has no tokens.", param="prompt")
-        room = info.context_tokens
-        if prompt_tokens + sequence.max_new_tokens > room:
-            raise ContextLengthExceeded(
-                f"The prompt has {prompt_tokens} tokens; with {sequence.max_new_tokens} new ones that is more than "
-                f"the {room} there is room for.",
-                prompt_tokens=prompt_tokens,
-                max_new_tokens=sequence.max_new_tokens,
-                context_tokens=room,
-            )
-        for name, ids in (
-            ("prompt", (*sequence.prompt_ids, *sequence.delivered_ids)),
-            ("logit_bias", params.logit_bias),
-        ):
-            if any(not 0 <= token < info.vocab_size for token in ids):
-                raise InvalidRequest(
-                    f"{name} has a token id outside of the model's vocabulary (0 to {info.vocab_size - 1}).", param=name
-                )
-        self._refuse_unknown_adapter(sequence.adapter)
-        check_kinds(info.modalities, sequence.media)
-        check_supported("transformers", params)
-        check_search(params, prompt_tokens + sequence.max_new_tokens, info.slots, self._budget_tokens)
-
     def _media_inputs(self, sequence: Sequence) -> MediaInputs:
         model = self._loaded
         assert model.media is not None
         return model.media_inputs(sequence.prompt_ids, model.media.prepared(sequence.media))
 
-    def _refuse_unknown_adapter(self, adapter: str | None) -> None:
-        names = self.info.adapters
-        if adapter is not None and adapter not in names:
-            raise InvalidRequest(
-                f"There is no adapter {adapter!r}.",
-                code="unknown_adapter",
-                hint=f"Loaded: {', '.join(names) or 'none'}.",
-                param="adapter",
-            )
-
     async def score(self, texts_ids: list[tuple[int, ...]], *, adapter: str | None = None) -> list[float]:
         await self.check()
-        if not self.info.can_score:
-            raise EngineError("This model has no reward head.", code="unsupported")
-        self._refuse_unknown_adapter(adapter)
+        hint = "Serve a sequence classifier, or a model with a value head beside it or an adapter."
+        check_texts(self.info, texts_ids, adapter, hint=hint)
         if not texts_ids:
             return []
-        for ids in texts_ids:
-            if not 0 < len(ids) <= self.info.context_tokens:
-                raise ContextLengthExceeded(
-                    f"A text has {len(ids)} tokens; it may have 1 to {self.info.context_tokens}.",
-                    prompt_tokens=len(ids),
-                    context_tokens=self.info.context_tokens,
-                )
-            if any(not 0 <= token < self.info.vocab_size for token in ids):
-                raise InvalidRequest("A text has a token id outside of the model's vocabulary.", param="texts")
         assert self._loop is not None
         future: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
         self._loop.submit(ScoreWork(texts_ids, adapter, future))
@@ -306,16 +259,6 @@ def _seed(sequence: Sequence) -> int:
     """A job's choices share a beam search, and with it the job's own seed."""
     seeds = [sequence.seed] if sequence.params.num_beams == 1 else [sequence.params.seed, sequence.seed]
     return next((seed for seed in seeds if seed is not None), secrets.randbits(63))
-
-
-def _already_over(sequence: Sequence) -> TokenChunk | None:
-    """What is left of a continuation whose last token had been delivered when its worker died."""
-    delivered = sequence.delivered_ids
-    if delivered and delivered[-1] in ending_ids(sequence.params, sequence.eos_ids):
-        return TokenChunk((), (), "stop")
-    if len(delivered) >= sequence.max_new_tokens:
-        return TokenChunk((), (), "length")
-    return None
 
 
 def _warm_up(model: LoadedModel) -> int:

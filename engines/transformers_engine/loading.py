@@ -15,13 +15,12 @@ from transformers.generation import GenerationMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from tokenfleet.engines import models
+from tokenfleet.engines.folders import Folders
 from tokenfleet.engines.rewards import RewardHead, classifier_head, find_value_head
 from tokenfleet.engines.rope import scaled
 from tokenfleet.engines.transformers_engine.adapters import AdapterChoice, merge
 from tokenfleet.engines.transformers_engine.attention import use_grouped_sdpa
 from tokenfleet.engines.transformers_engine.batch import Forward, Inputs, MediaInputs
-from tokenfleet.engines.transformers_engine.fingerprint import fingerprint
 from tokenfleet.engines.transformers_engine.kv import BatchCache
 from tokenfleet.engines.transformers_engine.options import TransformersOptions
 from tokenfleet.engines.transformers_engine.packing import pack
@@ -154,10 +153,8 @@ def load(options: TransformersOptions) -> LoadedModel:
         torch.set_num_threads(options.threads)
     # Imported by peft wherever it is installed, it warns of kernels nobody needs and a cast in every layer and step.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    folder = _resolved(options.model_name_or_path, options, options.model_revision)
-    subfolder = options.adapter_folder or ""
-    merged = [_resolved(name, options) / subfolder for name in options.adapter_name_or_path]
-    chosen = {name: _resolved(path, options) / subfolder for name, path in options.adapters.items()}
+    folders = Folders.of(options)
+    folder, merged, chosen = folders.model, folders.fixed, folders.chosen
     device = _device(options)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
@@ -170,7 +167,7 @@ def load(options: TransformersOptions) -> LoadedModel:
             tokenizer = media.tokenizer if media else tokenizer
         model = _weights(folder, config, device, options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ConfigurationError(f"The model {_label(options)!r} can't be loaded: {error}") from error
+        raise ConfigurationError(f"The model {options.shown_name!r} can't be loaded: {error}") from error
     _refuse_uncached(model, options)
     if merged and getattr(model, "is_quantized", False):
         raise ConfigurationError(
@@ -187,7 +184,15 @@ def load(options: TransformersOptions) -> LoadedModel:
     if choice is None or choice.can_mix:
         pack(model)
     loaded = LoadedModel(model, tokenizer, choice, head, media)
-    loaded.fingerprint = fingerprint([folder, *merged], chosen, str(dtype), options)
+    loaded.fingerprint = folders.fingerprint(
+        options,
+        dtype=str(dtype),
+        quantization=[options.quantization_bit, options.quantization_method],
+        rope_scaling=options.rope_scaling,
+        transformers=transformers.__version__,
+        # The build (+cpu, +cu130) says little about the numbers: a CPU worker may continue a GPU worker's job.
+        torch=torch.__version__.split("+")[0],
+    )
     return loaded
 
 
@@ -269,16 +274,8 @@ def _refuse_uncached(model: Any, options: TransformersOptions) -> None:
     if foreign or getattr(model, "_is_stateful", False) or model.config.is_encoder_decoder or not is_decoder:
         what = f"it has layers of type {', '.join(sorted(foreign))}" if foreign else "it is no decoder with a KV cache"
         raise ConfigurationError(
-            f"The transformers engine can't batch {_label(options)!r}: {what}.", hint="Serve it with vllm or sglang."
+            f"The transformers engine can't batch {options.shown_name!r}: {what}.", hint="Serve it with vllm or sglang."
         )
-
-
-def _resolved(name: str, options: TransformersOptions, revision: str | None = None) -> Path:
-    return models.resolve(name, revision=revision, allow_pickle=options.allow_pickle, cache=options.cache_dir)
-
-
-def _label(options: TransformersOptions) -> str:
-    return options.label or Path(options.model_name_or_path).name
 
 
 def _device(options: TransformersOptions) -> torch.device:

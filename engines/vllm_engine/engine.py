@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncGenerator, Iterable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from tokenfleet.engines.base import EngineInfo, Sequence, TokenChunk
+from tokenfleet.engines.checks import already_over, check_sequence, check_texts
 from tokenfleet.engines.grammar import GrammarCompiler
-from tokenfleet.engines.media.failures import check_kinds
 from tokenfleet.engines.stopping import ending_ids
 from tokenfleet.engines.vllm_engine import compat
 from tokenfleet.engines.vllm_engine.loading import LoadedVllm, load
@@ -20,8 +19,8 @@ from tokenfleet.engines.vllm_engine.media import VllmMedia
 from tokenfleet.engines.vllm_engine.options import VllmOptions
 from tokenfleet.engines.vllm_engine.params import pooling_params, sampling_params
 from tokenfleet.engines.vllm_engine.steps import StepReader
-from tokenfleet.wire.chat import GenerationParams
-from tokenfleet.wire.errors import ContextLengthExceeded, EngineDead, EngineError, InvalidRequest
+from tokenfleet.engines.warming import warm_up
+from tokenfleet.wire.errors import ContextLengthExceeded, EngineDead, InvalidRequest
 
 _MOST_BIASES = 1024
 """vLLM's model runner V2 has room for no more (vllm/v1/worker/gpu/sample/logit_bias.py), and fails all with one."""
@@ -78,28 +77,20 @@ class VllmEngine:
             loaded.media.serve()
         try:
             self._tasks = await loaded.engine.get_supported_tasks()
-            await self._warm_up()
+            await warm_up(self)
         except BaseException:
             await self.close()
             raise
 
-    async def _warm_up(self) -> None:
-        """A token for each way to sample that is compiled or loaded at its first use."""
-        if self.info.can_score:
-            await self.score([(1, 1)])
-            return
-        for params in (GenerationParams(do_sample=False), GenerationParams(logprobs=True)):
-            async with aclosing(self.generate(Sequence("warm-up", (1, 1), params, 2))) as chunks:
-                async for _ in chunks:
-                    pass
-
     async def generate(self, sequence: Sequence) -> AsyncGenerator[TokenChunk, None]:
         await self.check()
-        if (over := _already_over(sequence)) is not None:
+        if (over := already_over(sequence)) is not None:
             yield over
             return
-        self._refuse_what_cannot_work(sequence)
+        check_sequence(self.info, sequence, can_generate=not self.info.can_score)
         params = sequence.params
+        if len(params.logit_bias) > _MOST_BIASES:
+            raise InvalidRequest(f"logit_bias has more than {_MOST_BIASES} tokens.", param="logit_bias")
         if sequence.delivered_ids and params.response_format.type != "text":
             await self._prime(sequence)
         request_id = f"{sequence.sequence_id}-{next(self._numbers)}"  # an aborted sequence's may come again at once
@@ -170,66 +161,10 @@ class VllmEngine:
             raise EngineDead("The engine has not been started.")
         return self._reader
 
-    def _refuse_what_cannot_work(self, sequence: Sequence) -> None:
-        info, params = self.info, sequence.params
-        if info.can_score:
-            raise InvalidRequest("This model gives scores, no text.", code="unsupported", hint="Ask for scores.")
-        prompt_tokens = len(sequence.prompt_ids)
-        if not prompt_tokens:
-            raise InvalidRequest("The prompt has no tokens.", param="prompt")
-        if prompt_tokens + sequence.max_new_tokens > info.context_tokens:
-            raise ContextLengthExceeded(
-                f"The prompt has {prompt_tokens} tokens; with {sequence.max_new_tokens} new ones that is more than "
-                f"the {info.context_tokens} there is room for.",
-                prompt_tokens=prompt_tokens,
-                max_new_tokens=sequence.max_new_tokens,
-                context_tokens=info.context_tokens,
-            )
-        self._refuse_foreign_ids("prompt", (*sequence.prompt_ids, *sequence.delivered_ids))
-        self._refuse_foreign_ids("logit_bias", params.logit_bias)
-        self._refuse_foreign_ids("stop_token_ids", params.stop_token_ids)
-        self._refuse_unknown_adapter(sequence.adapter)
-        if len(params.logit_bias) > _MOST_BIASES:
-            raise InvalidRequest(f"logit_bias has more than {_MOST_BIASES} tokens.", param="logit_bias")
-        check_kinds(info.modalities, sequence.media)
-        if params.num_beams > 1:
-            raise InvalidRequest(
-                "Beam search is not offered by this engine.", code="unsupported_parameter", param="num_beams"
-            )
-
-    def _refuse_foreign_ids(self, name: str, ids: Iterable[int]) -> None:
-        if any(not 0 <= token < self.info.vocab_size for token in ids):
-            raise InvalidRequest(
-                f"{name} has a token id outside of the model's vocabulary (0 to {self.info.vocab_size - 1}).",
-                param=name,
-            )
-
-    def _refuse_unknown_adapter(self, adapter: str | None) -> None:
-        if adapter is not None and adapter not in self.info.adapters:
-            raise InvalidRequest(
-                f"There is no adapter {adapter!r}.",
-                code="unknown_adapter",
-                hint=f"Loaded: {', '.join(self.info.adapters) or 'none'}.",
-                param="adapter",
-            )
-
     async def score(self, texts_ids: list[tuple[int, ...]], *, adapter: str | None = None) -> list[float]:
         await self.check()
-        if not self.info.can_score:
-            raise EngineError(
-                "This model gives no scores: it was loaded to generate.",
-                code="unsupported",
-                hint="Serve a sequence classifier, or set rewards for a model with a value head.",
-            )
-        self._refuse_unknown_adapter(adapter)
-        for ids in texts_ids:
-            self._refuse_foreign_ids("input", ids)
-            if not 0 < len(ids) <= self.info.context_tokens:
-                raise ContextLengthExceeded(
-                    f"A text has {len(ids)} tokens; 1 to {self.info.context_tokens} can be scored.",
-                    prompt_tokens=len(ids),
-                    context_tokens=self.info.context_tokens,
-                )
+        hint = "Serve a sequence classifier, or set rewards for a model with a value head."
+        check_texts(self.info, texts_ids, adapter, hint=hint)
         scores = [asyncio.ensure_future(self._score(ids, adapter)) for ids in texts_ids]
         try:
             return list(await asyncio.gather(*scores))
@@ -266,13 +201,3 @@ class VllmEngine:
         if loaded is not None:
             await asyncio.to_thread(loaded.engine.shutdown)
             loaded.folders.close()
-
-
-def _already_over(sequence: Sequence) -> TokenChunk | None:
-    """What is left of a continuation whose last token had been delivered when its worker died."""
-    delivered = sequence.delivered_ids
-    if delivered and delivered[-1] in ending_ids(sequence.params, sequence.eos_ids):
-        return TokenChunk((), (), "stop")
-    if len(delivered) >= sequence.max_new_tokens:
-        return TokenChunk((), (), "length")
-    return None

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.metadata
-import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenfleet.engines import models
 from tokenfleet.engines.base import EngineInfo
-from tokenfleet.engines.digests import folder_digest
-from tokenfleet.engines.media import MediaSettings
+from tokenfleet.engines.folders import Folders, architectures, eos_ids, first_line
 from tokenfleet.engines.rewards import RewardHead, find_value_head
 from tokenfleet.engines.rope import scaled
 from tokenfleet.engines.vllm_engine import adapters as lora
@@ -49,11 +44,10 @@ class LoadedVllm:
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """What the options name, as folders; ``model`` is the one for vLLM to read."""
+    """What the options name; ``model`` is the folder for vLLM to read."""
 
+    folders: Folders
     model: Path
-    fixed: tuple[Path, ...]
-    chosen: Mapping[str, Path]
     lora: Mapping[str | None, lora.LoraFolder]
     is_classifier: bool
     head: RewardHead | None
@@ -86,21 +80,18 @@ def load(options: VllmOptions) -> LoadedVllm:
 
 
 def _parts(options: VllmOptions, folders: contextlib.ExitStack) -> _Parts:
-    subfolder = options.adapter_folder or ""
-    model = _resolved(options.model_name_or_path, options, options.model_revision)
-    fixed = tuple(_resolved(name, options) / subfolder for name in options.adapter_name_or_path)
-    chosen = {name: _resolved(path, options) / subfolder for name, path in options.adapters.items()}
+    found = Folders.of(options)
+    model, fixed = found.model, found.fixed
     head = find_value_head([*reversed(fixed), model]) if options.rewards else None
-    config = _json(model / "config.json")
-    is_classifier = any(name.endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+    is_classifier = any(name.endswith("ForSequenceClassification") for name in architectures(model))
     if options.rewards and not is_classifier and head is None:
         raise ConfigurationError(
-            f"rewards: there is no value head beside {_label(options)!r} or its adapters.",
+            f"rewards: there is no value head beside {options.shown_name!r} or its adapters.",
             hint="It is a file value_head.safetensors or value_head.bin.",
         )
     always = [lora.read(folder, allow_pickle=options.allow_pickle) for folder in fixed]
     named: dict[str | None, list[lora.LoraFolder]] = {None: always} if always else {}
-    for name, folder in chosen.items():
+    for name, folder in found.chosen.items():
         named[name] = [*always, lora.read(folder, allow_pickle=options.allow_pickle)]
     place = Path()
     if any(len(each) > 1 for each in named.values()):
@@ -110,7 +101,7 @@ def _parts(options: VllmOptions, folders: contextlib.ExitStack) -> _Parts:
         model = _without_head(
             model, Path(folders.enter_context(tempfile.TemporaryDirectory(prefix="tokenfleet-vllm-")))
         )
-    return _Parts(model, fixed, chosen, joined, is_classifier, head)
+    return _Parts(found, model, joined, is_classifier, head)
 
 
 def _without_head(model: Path, folder: Path) -> Path:
@@ -129,7 +120,7 @@ def _started(parts: _Parts, options: VllmOptions) -> tuple[Any, Any]:
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.exceptions import EngineDeadError
 
-    label = _label(options)
+    label = options.shown_name
     is_v2 = not parts.is_pooling and compat.may_use_v2()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(parts.model, trust_remote_code=options.trust_remote_code)
@@ -139,16 +130,16 @@ def _started(parts: _Parts, options: VllmOptions) -> tuple[Any, Any]:
     except TypeError as error:
         raise ConfigurationError(f"vllm_config has what vLLM {vllm.__version__} does not know: {error}") from error
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
-        raise ConfigurationError(f"The model {label!r} can't be loaded by vLLM: {_first_line(error)}") from error
+        raise ConfigurationError(f"The model {label!r} can't be loaded by vLLM: {first_line(error)}") from error
     try:
         return AsyncLLM.from_vllm_config(config, disable_log_stats=True), tokenizer
     except (RuntimeError, EngineDeadError) as error:  # the core's own reason is in its output, above
         raise EngineDead(
-            f"vLLM's engine core did not start for {label!r}: {_first_line(error)}",
+            f"vLLM's engine core did not start for {label!r}: {first_line(error)}",
             hint="Its reason stands above; often too little memory: lower vllm_maxlen or vllm_gpu_util.",
         ) from error
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigurationError(f"The model {label!r} can't be loaded by vLLM: {_first_line(error)}") from error
+        raise ConfigurationError(f"The model {label!r} can't be loaded by vLLM: {first_line(error)}") from error
 
 
 def _info(model: Any, parts: _Parts, options: VllmOptions, modalities: tuple[str, ...]) -> EngineInfo:
@@ -158,24 +149,24 @@ def _info(model: Any, parts: _Parts, options: VllmOptions, modalities: tuple[str
     return EngineInfo(
         name="vllm",
         version=vllm.__version__,
-        model=_label(options),
-        fingerprint=_fingerprint(parts, str(model.dtype), options, vllm.__version__),
+        model=options.shown_name,
+        fingerprint=parts.folders.fingerprint(
+            options,
+            dtype=str(model.dtype),
+            quantization=options.quantization_bit,
+            rope_scaling=options.rope_scaling,
+            # All of it: which of vLLM's arguments change the numbers is for vLLM to know.
+            vllm_config={name: repr(value) for name, value in sorted(options.vllm_config.items())},
+            vllm=vllm.__version__,
+        ),
         context_tokens=model.max_model_len,
         slots=options.max_batch_size,
         vocab_size=model.get_vocab_size(),
-        adapters=tuple(parts.chosen),
+        adapters=tuple(parts.folders.chosen),
         can_score=parts.is_pooling,
         modalities=("text", *modalities),
-        eos_ids=_eos_ids(parts.model),
+        eos_ids=eos_ids(parts.model),
     )
-
-
-def _label(options: VllmOptions) -> str:
-    return options.label or options.model_name_or_path.rstrip("/").rsplit("/", 1)[-1]
-
-
-def _resolved(name: str, options: VllmOptions, revision: str | None = None) -> Path:
-    return models.resolve(name, revision=revision, allow_pickle=options.allow_pickle, cache=options.cache_dir)
 
 
 def _arguments(parts: _Parts, options: VllmOptions, *, is_v2: bool) -> dict[str, Any]:
@@ -267,40 +258,3 @@ def _rope(folder: Path, options: VllmOptions) -> dict[str, Any]:
     if text_config is not config:  # a model of several parts: the text's part is overridden within
         changed = {"text_config": changed}
     return {"hf_overrides": {**given, **changed}, "max_model_len": context}
-
-
-def _eos_ids(folder: Path) -> frozenset[int]:
-    eos = _json(folder / "generation_config.json").get("eos_token_id")
-    return frozenset(eos if isinstance(eos, list) else () if eos is None else (eos,))
-
-
-def _json(file: Path) -> dict[str, Any]:
-    """Empty if there is no such file. Raises `ConfigurationError` if it can't be read."""
-    try:
-        found = json.loads(file.read_text())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ConfigurationError(f"{file.name} of the model is no JSON: {error}") from error
-    return found if isinstance(found, dict) else {}
-
-
-def _fingerprint(parts: _Parts, dtype: str, options: VllmOptions, version: str) -> str:
-    facts = {
-        "weights": [folder_digest(each) for each in (parts.model, *parts.fixed)],
-        "adapters": {name: folder_digest(path) for name, path in parts.chosen.items()},
-        "dtype": dtype,
-        "quantization": options.quantization_bit,
-        "rope_scaling": options.rope_scaling,
-        # All of it: which of vLLM's arguments change the numbers is for vLLM to know.
-        "vllm_config": {name: repr(value) for name, value in sorted(options.vllm_config.items())},
-        "media": {name: getattr(options, name) for name in MediaSettings.model_fields if not name.startswith("media_")},
-        "vllm": version,
-        "tokenfleet": importlib.metadata.version("tokenfleet"),
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if type(error).__name__ == "ValidationError" and len(lines) > 1 else lines[0]) if lines else ""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import Field
 
-from tokenfleet.engines.media.settings import MediaSettings
+from tokenfleet.engines.options import CommaList, JsonMapping, ModelOptions, refuse_own
 
 OWN = frozenset(
     {
@@ -22,60 +20,22 @@ OWN = frozenset(
 a request means. Speculative decoding switches vLLM's min_p, logit_bias and our processors off."""
 
 
-def _comma_list(value: object) -> object:
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return () if value is None else value
-
-
-def _json_mapping(value: object) -> object:
-    if not isinstance(value, str):
-        return {} if value is None else value
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise ValueError(f"is neither a mapping nor JSON: {error}") from error
-
-
-def _without_own(value: dict[str, Any]) -> dict[str, Any]:
-    if taken := sorted(OWN & value.keys()):
-        raise ValueError(f"may not set {taken[0]!r}, which tokenfleet sets itself")
-    return value
-
-
-class VllmOptions(MediaSettings):
+class VllmOptions(ModelOptions):
     """Frozen; unknown names are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    model_name_or_path: str = Field(min_length=1)
-    """A folder, a GGUF file, a hub id, or the built-in small model's name (`engines.models.resolve`)."""
-    model_revision: str | None = None
-    label: str | None = None
-    """The model's name for people and fingerprints; by default the last part of its path."""
-    adapter_name_or_path: Annotated[tuple[str, ...], BeforeValidator(_comma_list)] = ()
+    adapter_name_or_path: CommaList = ()
     """LoRA adapters that every request gets, all of them. vLLM merges nothing into the weights: they are joined to
     one adapter, and with each of ``adapters``. Also where a value head is looked for."""
-    adapter_folder: str | None = None
-    """Subfolder of each adapter's path or hub repository that holds its files."""
-    adapters: dict[str, str] = Field(default_factory=dict)
-    """Name → path or hub id of LoRA adapters that a request may choose by name, on top of ``adapter_name_or_path``."""
     rewards: bool = False
     """Give scores by the value head next to the model or an adapter, and no text: vLLM loads a model for one or the
     other. A sequence classifier gives scores by itself."""
-    cache_dir: Path | None = None
 
-    infer_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """``auto``: float32 on a CPU, else the dtype of the checkpoint."""
     quantization_bit: Literal[4, 8] | None = None
     quantization_method: Literal["bnb", "fp8"] | None = None
     """How ``quantization_bit`` is done at load: None takes bnb for 4 bits (vLLM before 0.32) and fp8 for 8. A
     checkpoint that is already quantised brings its own method."""
     rope_scaling: Literal["linear", "yarn", "llama3"] | None = None
     """Twice the model's context by stretching its rotary positions. Not ``dynamic``: vLLM stretches short texts too."""
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
-    """Load weights that are not safetensors. A pickle can run code."""
 
     max_batch_size: int = Field(256, ge=1, le=4096)
     """Slots: sequences decoded together (vLLM's max_num_seqs)."""
@@ -87,11 +47,11 @@ class VllmOptions(MediaSettings):
     """No CUDA graphs and no compiling: a quicker start, slower tokens."""
     vllm_max_lora_rank: int | None = Field(None, ge=1)
     """None: what the adapters need."""
-    vllm_config: Annotated[dict[str, Any], BeforeValidator(_json_mapping)] = Field(default_factory=dict)
+    vllm_config: JsonMapping = Field(default_factory=dict)
     """Further arguments of vLLM's `AsyncEngineArgs`, as they are there; a mapping or JSON text."""
 
     def model_post_init(self, context: object) -> None:
-        _without_own(self.vllm_config)
+        refuse_own("vllm_config", self.vllm_config, OWN)
         if self.quantization_bit is None and self.quantization_method is not None:
             raise ValueError("quantization_method says how quantization_bit is done, and there is none")
         if (self.quantization_bit, self.quantization_method) in {(8, "bnb"), (4, "fp8")}:

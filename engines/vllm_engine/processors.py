@@ -14,9 +14,9 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
+from tokenfleet.engines.lifeline import leave_with_parent
 from tokenfleet.engines.vllm_engine import compat
 from tokenfleet.engines.vllm_engine.extras import Cut, Guide, Guides, History
-from tokenfleet.engines.vllm_engine.lifeline import leave_with_parent
 
 if not compat.is_front_end:
     # vLLM's configuration names the classes below, so each of its processes imports this before anything else of ours.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from tokenfleet.engines.lifeline import leave_with_parent
 from tokenfleet.engines.vllm_engine import compat, sampler_v2
-from tokenfleet.engines.vllm_engine.lifeline import leave_with_parent
 
 if not compat.is_front_end:
     leave_with_parent()

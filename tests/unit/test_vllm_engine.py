@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from tests.processes import all_gone, eventually, is_alive
-from tokenfleet.engines.vllm_engine.lifeline import leave_with_parent
+from tokenfleet.engines.lifeline import leave_with_parent
 from tokenfleet.engines.vllm_engine.options import VllmOptions
 
 

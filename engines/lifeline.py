@@ -1,4 +1,4 @@
-"""vLLM's engine core outlives a parent that was killed, and its GPU memory with it. Ours does not."""
+"""An engine's child process outlives a parent that was killed, and its GPU memory with it. Ours does not."""
 
 from __future__ import annotations
 

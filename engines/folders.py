@@ -1,0 +1,83 @@
+"""What an engine that runs in processes of its own reads of a model's folder by itself, before these read the rest."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenfleet.engines import models
+from tokenfleet.engines.digests import folder_digest
+from tokenfleet.engines.media.settings import MediaSettings
+from tokenfleet.engines.options import ModelOptions
+from tokenfleet.wire.errors import ConfigurationError
+
+
+@dataclass(frozen=True, slots=True)
+class Folders:
+    """What the options name, here on this machine. ``fixed``: adapters of all requests, ``chosen``: those by name."""
+
+    model: Path
+    fixed: tuple[Path, ...]
+    chosen: Mapping[str, Path]
+
+    @classmethod
+    def of(cls, options: ModelOptions) -> Folders:
+        """Fetches what is not here. Raises `UnknownModel`, `ConfigurationError`."""
+
+        def resolved(name: str, revision: str | None = None) -> Path:
+            return models.resolve(name, revision=revision, allow_pickle=options.allow_pickle, cache=options.cache_dir)
+
+        subfolder = options.adapter_folder or ""
+        return cls(
+            resolved(options.model_name_or_path, options.model_revision),
+            tuple(resolved(name) / subfolder for name in options.adapter_name_or_path),
+            {name: resolved(path) / subfolder for name, path in options.adapters.items()},
+        )
+
+    def fingerprint(self, options: ModelOptions, **facts: Any) -> str:
+        """32 hex digits that change with anything that decides which tokens the model gives (`EngineInfo`).
+
+        ``facts``: of one engine alone, JSON; its version among them."""
+        media = {name: getattr(options, name) for name in MediaSettings.model_fields if not name.startswith("media_")}
+        known = {
+            "weights": [folder_digest(each) for each in (self.model, *self.fixed)],
+            "adapters": {name: folder_digest(path) for name, path in self.chosen.items()},
+            "media": media,
+            "tokenfleet": importlib.metadata.version("tokenfleet"),
+            **facts,
+        }
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Empty if there is no such file. Raises `ConfigurationError` if it can't be read."""
+    try:
+        found = json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ConfigurationError(f"{file.name} of the model is no JSON: {error}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def eos_ids(model: Path) -> frozenset[int]:
+    """What ends a text by the model's own generation config."""
+    eos = read_json(model / "generation_config.json").get("eos_token_id")
+    return frozenset(eos if isinstance(eos, list) else () if eos is None else (eos,))
+
+
+def architectures(model: Path) -> tuple[str, ...]:
+    return tuple(read_json(model / "config.json").get("architectures") or ())
+
+
+def first_line(error: BaseException) -> str:
+    """What a foreign error says, in a line; of pydantic's the last one, which has the reason."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return lines[-1] if type(error).__name__ == "ValidationError" else lines[0]

@@ -1,0 +1,69 @@
+"""What every engine is loaded with that has a model's files: names are LLaMA-Factory's where it has one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field
+
+from tokenfleet.engines.media.settings import MediaSettings
+
+
+def _comma_list(value: object) -> object:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return () if value is None else value
+
+
+def _json_mapping(value: object) -> object:
+    if not isinstance(value, str):
+        return {} if value is None else value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"is neither a mapping nor JSON: {error}") from error
+
+
+CommaList = Annotated[tuple[str, ...], BeforeValidator(_comma_list)]
+"""A list, or text with commas."""
+JsonMapping = Annotated[dict[str, Any], BeforeValidator(_json_mapping)]
+"""A mapping, or JSON text of one."""
+
+
+class ModelOptions(MediaSettings):
+    """An engine's options inherit it. Frozen; unknown names are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model_name_or_path: str = Field(min_length=1)
+    """A folder, a GGUF file, a hub id, or the built-in small model's name (`engines.models.resolve`)."""
+    model_revision: str | None = None
+    label: str | None = None
+    """The model's name for people and fingerprints; by default the last part of its path."""
+    adapter_name_or_path: CommaList = ()
+    """Adapters that every request gets. Also where a value head is looked for."""
+    adapter_folder: str | None = None
+    """Subfolder of each adapter's path or hub repository that holds its files."""
+    adapters: dict[str, str] = Field(default_factory=dict)
+    """Name → path or hub id of LoRA adapters that a request may choose by name."""
+    cache_dir: Path | None = None
+
+    infer_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """``auto``: float32 on a CPU (few have fast 16-bit arithmetic), else the dtype of the checkpoint."""
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    """Load weights that are not safetensors. A pickle can run code."""
+
+    @property
+    def shown_name(self) -> str:
+        """For people and messages; never a path."""
+        return self.label or self.model_name_or_path.rstrip("/").rsplit("/", 1)[-1]
+
+
+def refuse_own(name: str, given: Mapping[str, Any], own: Collection[str]) -> None:
+    """Raises `ValueError` if ``given``, an engine's further arguments, name one that tokenfleet sets itself."""
+    if taken := sorted(set(own) & given.keys()):
+        raise ValueError(f"{name} may not set {taken[0]!r}, which tokenfleet sets itself")
