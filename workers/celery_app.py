@@ -39,6 +39,9 @@ app.steps["consumer"].add(EventPacing)
 # At each start and reconnect it would ask all workers for a second what was revoked; the ledger knows.
 Mingle.compatible_transports = frozenset()
 
+_LEAVING_S = 15.0
+"""What a worker may take to leave whose engine is dead or hangs. Its jobs are given away before."""
+
 _running: Runtime | None = None
 _told_to_leave = False
 
@@ -97,8 +100,9 @@ def _follow_up(settings: WorkerSettings, job_id: str) -> None:
 
 
 def _stop_dead(reason: str) -> None:
-    """The engine is dead: leave with a status that makes a supervisor start a new worker."""
-    AsyncioPool.current().stop_worker(f"the engine is dead: {reason}")
+    """The engine is dead, or hangs: leave with a status that makes a supervisor start a new worker; in a bounded time,
+    since closing what is broken may not end."""
+    AsyncioPool.current().stop_worker(f"the engine is dead: {reason}", within_s=_LEAVING_S)
 
 
 @task_revoked.connect

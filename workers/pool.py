@@ -80,6 +80,7 @@ class AsyncioPool(BasePool):
         self._thread: threading.Thread | None = None
         self._quit_listeners: list[Callable[[int], object]] = []
         self._is_closed = False
+        self._is_ending = False
         signals.celeryd_after_setup.connect(self._meet_worker)
         signals.worker_shutting_down.connect(self._on_shutdown_signal)
         signals.worker_shutdown.connect(self._after_shutdown)
@@ -110,16 +111,21 @@ class AsyncioPool(BasePool):
             raise ValueError(f"A worker needs at least one slot, not {slots}.")
         self.limit = slots
 
-    def stop_worker(self, reason: str, exit_code: int = os.EX_SOFTWARE, *, is_cold: bool = False) -> None:
+    def stop_worker(
+        self, reason: str, exit_code: int = os.EX_SOFTWARE, *, is_cold: bool = False, within_s: float | None = None
+    ) -> None:
         """Shut the worker down, from any thread, because it can't serve any more (its engine died).
 
-        Running tasks finish, or, if ``is_cold``, are cancelled and their messages go back into the queue."""
+        Running tasks finish, or, if ``is_cold``, are cancelled and their messages go back into the queue. After
+        ``within_s`` the process is ended wherever it is."""
         logger.critical("The worker stops: %s", reason)
         if is_cold:
             state.should_terminate = exit_code
         else:
             state.should_stop = exit_code
         self.hub.wake()
+        if within_s is not None and not self._is_ending:
+            self._end_process_within(within_s)
 
     def on_child_quit(self, listener: Callable[[int], object]) -> None:
         """Have ``listener(pid)`` called on the loop when this process or a child of it sent us SIGQUIT (SGLang does
@@ -314,6 +320,7 @@ class AsyncioPool(BasePool):
         """A finished interpreter would wait for threads that never end (a stuck task, a loading engine)."""
         if self._worker is None:  # embedded in somebody else's process
             return
+        self._is_ending = True
 
         def end() -> None:
             time.sleep(limit_s)

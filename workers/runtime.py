@@ -118,7 +118,8 @@ class Runtime:
         await self._register_model()
         self._answers = Answers(self._client, self.keys, self.served.loaded)
         control = ControlChannel(self._connect, self.keys, lambda: self.lease.worker_id, self._ordered)
-        tasks = [asyncio.create_task(run()) for run in (self.publisher.run, control.run, self._sweep_media)]
+        lasting = (self.publisher.run, control.run, self._sweep_media, self._watch_engine)
+        tasks = [asyncio.create_task(run()) for run in lasting]
         try:
             yield
         finally:
@@ -131,6 +132,17 @@ class Runtime:
             await self.served.close()
             await self._client.aclose()
             await self.publisher.aclose()
+
+    async def _watch_engine(self) -> None:
+        """Notice an engine that dies while nothing runs: else the next job would, and would be struck for it."""
+        while True:
+            try:
+                await self.served.engine.check()
+            except EngineDead as error:
+                self.is_draining = True
+                self._on_dead_engine(str(error))
+                return
+            await asyncio.sleep(self.settings.lease.heartbeat_s / 2)
 
     async def _register_model(self) -> None:
         info = self.served.engine.info

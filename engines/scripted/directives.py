@@ -8,6 +8,7 @@
     raise                     `EngineError`: this sequence alone fails
     oom                       `EngineError` with code ``out_of_memory``
     dead                      `EngineDead`, for this sequence and from now on for all
+    doom S                    the same S seconds later, whether or not anything runs then; the token is made
     hang                      this sequence never makes another token
     freeze                    no sequence does: the step counter stands still, the loop is alive
     block S                   the event loop stands still for S seconds
@@ -25,13 +26,13 @@ from typing import Literal, cast
 
 from tokenfleet.engines.scripted.tokenizer import ScriptedTokenizer
 
-FaultKind = Literal["raise", "oom", "dead", "hang", "freeze", "block", "die", "exit"]
+FaultKind = Literal["raise", "oom", "dead", "doom", "hang", "freeze", "block", "die", "exit"]
 
 _STRING = r'"(?:[^"\\]|\\.)*"'
 _SAY = re.compile(rf"\[\[(say|spell):\s*({_STRING})\s*\]\]", re.DOTALL)
 _EOS = re.compile(r"\[\[eos:\s*(\d{1,9})\s*\]\]")
 _FAULT = re.compile(
-    r"\[\[fault:\s*(raise|oom|dead|hang|freeze|block|die|exit)(?:\s+(\d{1,6}(?:\.\d{1,6})?))?\s+at\s+(\d{1,9})"
+    r"\[\[fault:\s*(raise|oom|dead|doom|hang|freeze|block|die|exit)(?:\s+(\d{1,6}(?:\.\d{1,6})?))?\s+at\s+(\d{1,9})"
     r"(?:\s+on\s+attempt\s+(\d{1,9}))?\s*\]\]"
 )
 
@@ -41,7 +42,8 @@ class Fault:
     kind: FaultKind
     at: int
     """Index of the token that is not made any more (or late)."""
-    block_s: float = 0.0
+    seconds: float = 0.0
+    """Of ``block`` and ``doom``."""
     attempt: int | None = None
 
 

@@ -225,19 +225,25 @@ class ScriptedEngine:
                 run.mailbox.fail(EngineError(f"A fault was asked for at token {fault.at}.", code=code))
                 self._leave(run, "error")
             case "dead":
-                self._dead = f"A dead engine was asked for at token {fault.at}."
-                for each in [*self._waiting, *self._running]:  # in this order nobody is admitted any more
-                    each.mailbox.fail(EngineDead(self._dead))
-                    self._leave(each, "error")
+                self._die(fault.at)
+            case "doom":
+                asyncio.get_running_loop().call_later(fault.seconds, self._die, fault.at)
+                return True
             case "hang":
                 pass  # it keeps its slot and is never due again
             case "freeze":
                 self._is_frozen = True
             case "block":
-                time.sleep(fault.block_s)  # the point: nothing else on this loop runs
+                time.sleep(fault.seconds)  # the point: nothing else on this loop runs
                 return True
             case "die":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "exit":
                 os._exit(1)
         return False
+
+    def _die(self, at: int) -> None:
+        self._dead = f"A dead engine was asked for at token {at}."
+        for each in [*self._waiting, *self._running]:  # in this order nobody is admitted any more
+            each.mailbox.fail(EngineDead(self._dead))
+            self._leave(each, "error")

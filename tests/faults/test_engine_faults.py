@@ -30,6 +30,16 @@ def test_a_dead_engine_sends_its_jobs_elsewhere_and_ends_its_worker(fleet: Fleet
         assert {ledger_of(fleet, job)["strikes"] for job in [*jobs, trap]} == {"0"}, "all had made progress"
 
 
+def test_an_engine_that_dies_while_nothing_runs_is_noticed(fleet: Fleet) -> None:
+    first = fleet.start_worker()
+    job = fleet.client().submit("[[fault: doom 0.5 at 1]]", max_new_tokens=3)
+    job.result(20)
+    ended = time.monotonic()
+    assert first.wait(20) != 0, "a supervisor would not start it again"
+    assert time.monotonic() - ended < 8, "0.5 s until it dies, 2 s to notice, the rest to leave"
+    assert ledger_of(fleet, job)["strikes"] == "0"
+
+
 def test_a_hung_engine_loses_its_lease_by_decision(fleet: Fleet) -> None:
     first = fleet.start_worker(salted=True, token_ms=10.0, env={"TOKENFLEET_HANG_S": "1.5"})
     with Trial(fleet) as trial:

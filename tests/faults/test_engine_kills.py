@@ -1,39 +1,22 @@
-"""Kills under vLLM on a CPU: its engine core alone, then a whole worker; each token checked against the model itself.
-
-`make test-vllm-cpu` has an environment for it; elsewhere it is skipped."""
+"""Kills under vLLM or SGLang on a CPU: the engine's process alone, then a whole worker; each token checked against the
+model itself."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import time
 from typing import Any
 
-import psutil
 import pytest
 
 from tests.faults.test_real_model import ids_of, prompt_of, teacher_forced
 from tests.faults.trial import Trial, ledger_of
 from tests.fleets import Fleet, Worker, wait_until
+from tests.installed_engine import MODEL, core_of, needs_one, start, wait_ready
 from tests.processes import all_gone
 
-pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed: `make test-vllm-cpu`"),
-    pytest.mark.slow,
-    pytest.mark.timeout(580),
-]
-MODEL = "smollm2-135m-instruct"
+pytestmark = [needs_one, pytest.mark.slow, pytest.mark.timeout(580)]
 TOLERANCE = 2e-3
-"""Of the top logit: vLLM's kernels and transformers' add up in another order."""
-_OPTIONS = {
-    "model_name_or_path": MODEL, "infer_dtype": "float32", "max_batch_size": 8, "vllm_maxlen": 1024,
-    "vllm_enforce_eager": True, "vllm_config": {"kv_cache_memory_bytes": 1 << 29},
-}  # fmt: skip
-
-
-def start(fleet: Fleet) -> Worker:
-    env = {"TOKENFLEET_MODEL": MODEL, "TOKENFLEET_ENGINE": "vllm", "TOKENFLEET_ENGINE_ARGS": json.dumps(_OPTIONS)}
-    return fleet.start_worker(wait=False, env=env)
+"""Of the top logit: an engine's kernels and transformers' add up in another order."""
 
 
 def busiest(fleet: Fleet, trial: Trial) -> Worker:
@@ -47,11 +30,10 @@ def busiest(fleet: Fleet, trial: Trial) -> Worker:
     return max(fleet.workers, key=lambda worker: counts[worker.pid])
 
 
-def test_streams_survive_vllms_engine_core_and_its_worker(fleet: Fleet) -> None:
+def test_streams_survive_the_engines_process_and_its_worker(fleet: Fleet) -> None:
     torch = pytest.importorskip("torch")
     hf = pytest.importorskip("transformers")
-    for worker in [start(fleet), start(fleet)]:
-        fleet.wait_ready(worker, fleet.workers.index(worker), 250)
+    wait_ready(fleet, start(fleet), start(fleet))
     with Trial(fleet) as trial:
         greedy: dict[str, Any] = {"do_sample": False, "max_new_tokens": 250, "ignore_eos": True, "model": MODEL}
         jobs = [trial.submit(f"Tell me {k} things about rivers.", **greedy) for k in range(6)]
@@ -59,16 +41,16 @@ def test_streams_survive_vllms_engine_core_and_its_worker(fleet: Fleet) -> None:
         trial.until_streaming(10, timeout_s=120)
         victim = busiest(fleet, trial)
         family = [victim.pid, *(child.pid for child in victim.children())]
-        [core] = [child for child in victim.children() if "EngineCore" in child.name()]
-        trial.fault("SIGKILL of the engine core", core.pid)
-        psutil.Process(core.pid).kill()
+        core = core_of(victim)
+        trial.fault("SIGKILL of the engine's process", core.pid)
+        core.kill()
         began = time.monotonic()
         wait_until(lambda: ledger_of_dead(fleet, trial, victim), 10, "its jobs are given away")
         noticed_s = time.monotonic() - began
         assert victim.wait(30) != 0, "a supervisor would not start it again"
+        left_s = time.monotonic() - began
         wait_until(lambda: all_gone(family), 10, "all of its processes are gone")
-        spare = start(fleet)
-        fleet.wait_ready(spare, fleet.workers.index(spare), 250)
+        wait_ready(fleet, start(fleet))
         more = [trial.submit(f"Count to {k} thousand.", **greedy) for k in range(6)]
         readings = trial.watch(more)
         trial.until_streaming(10, readings, timeout_s=120)
@@ -77,7 +59,10 @@ def test_streams_survive_vllms_engine_core_and_its_worker(fleet: Fleet) -> None:
         trial.kill(victim)
         wait_until(lambda: all_gone(family), 10, "all of its processes are gone")
         verdict = trial.judge(timeout_s=200, may_run_plain=True, may_have=["text_differs", "invalid_utf8"])
-        print(f"a dead engine core was noticed after {noticed_s:.2f} s; stalls {sorted(verdict.stalls_s)}")
+        print(
+            f"the death was noticed after {noticed_s:.2f} s, the worker gone after {left_s:.1f} s; "
+            f"stalls {sorted(verdict.stalls_s)}"
+        )
         assert noticed_s < 2.0
         assert verdict.cut_streams >= 2
         from tokenfleet.engines import models
