@@ -92,7 +92,8 @@ class AsyncStream:
         """All events that are there now, waiting for one; empty after the terminal one."""
         if self._ended:
             return []
-        await self.__aenter__()
+        if self._follower is None:
+            await self.__aenter__()
         assert self._follower is not None
         batch = await self._follower.next_batch()
         if is_terminal(batch[-1][1]):

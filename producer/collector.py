@@ -263,7 +263,23 @@ class Collector:
                 await self._resubscribe()
                 continue
             if message is not None:
-                self._dispatch(message)
+                self._dispatch(message["type"], message["channel"], message["data"])
+                await self._dispatch_buffered()
+
+    async def _dispatch_buffered(self) -> None:
+        """What came with that message: redis-py's way to one takes longer than all the rest of a message's here."""
+        parser = getattr(self._pubsub.connection, "_parser", None)
+        reader = getattr(parser, "_reader", None)  # hiredis'; without it they come one by one
+        if reader is None:
+            return
+        while isinstance(reply := reader.gets(False), list):
+            if reply[0] == b"message":
+                self._dispatch("message", reply[1], reply[2])
+            elif (message := await self._pubsub.handle_message(reply)) is not None:
+                self._dispatch(message["type"], message["channel"], message["data"])
+        if isinstance(reply, Exception):
+            raise reply
+        await asyncio.sleep(0)  # redis-py does not yield while there is more: readers come first
 
     async def _resubscribe(self) -> None:
         async with self._subscribing:
@@ -277,18 +293,18 @@ class Collector:
             for follower in followers:
                 follower.check(follower.cursor + 1)  # whatever was said meanwhile is in the log
 
-    def _dispatch(self, message: dict[str, Any]) -> None:
-        job_id = message["channel"].decode().removeprefix(self._prefix)
+    def _dispatch(self, kind: str, channel: bytes, data: Any) -> None:
+        job_id = channel.decode().removeprefix(self._prefix)
         followers = self._followers.get(job_id)
         if followers is None:
             return
-        if message["type"] == "subscribe":
+        if kind == "subscribe":
             confirmed = self._confirmed[job_id]
             if not confirmed.done():
                 confirmed.set_result(None)
-        elif message["type"] == "message":
+        elif kind == "message":
             try:
-                live = _live_decoder.decode(message["data"])
+                live = _live_decoder.decode(data)
             except msgspec.DecodeError:
                 log.warning("job %s: dropped a message that is no event", job_id)
                 return

@@ -91,6 +91,11 @@ class ToolParser:
         """Whether what comes next belongs to thoughts."""
         return self._mode == "think"
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether all that comes from here on is content as it stands, so that `feed` may be left out."""
+        return self._mode == "text" and not (self._readers or self._is_blank or self._held or self._prefix)
+
     def feed(self, text: str) -> list[ParsedDelta]:
         self._held += self._prefix + text
         self._prefix = ""

@@ -18,6 +18,7 @@ from tokenfleet.wire.events import AnyEvent, ChoiceFinished, Delta, Finished, St
 from tokenfleet.wire.toolcalls import ContentDelta, ParsedDelta, ReasoningDelta, ToolCallDelta, ToolParser
 
 _encode = msgspec.json.Encoder().encode
+_TEXT = "\0text\0"
 _OPTIONS = frozenset({"include_usage", "continuous_usage_stats", "include_obfuscation"})
 
 
@@ -59,11 +60,24 @@ class _Chunks:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     reasoning: ReasoningCount = field(default_factory=ReasoningCount)
+    _around: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
+    """By choice: what stands before and after the text of a chunk that is plain text."""
 
     def frame(self, seq: int, event: AnyEvent) -> bytes:
         """The server-sent event for an event of the log; b"" if it has none. To be called for each, in order."""
+        if type(event) is Delta and not event.logprobs and (around := self._around.get(event.choice)) is not None:
+            self.completion_tokens += len(event.ids)
+            if seq <= self.after or not event.text:
+                return b""
+            return b"id: %d\ndata: %b%b%b\n\n" % (seq, around[0], _encode(event.text), around[1])
         chunk = self.chunk(event)
         return b"id: %d\ndata: %b\n\n" % (seq, _encode(chunk)) if chunk is not None and seq > self.after else b""
+
+    def only_text_comes(self, choice: int, chunk: dict[str, Any]) -> None:
+        """From here on all chunks of ``choice`` are ``chunk``, but for their text, which is `_TEXT` in it."""
+        if not self.options.continuous:
+            before, _, after = _encode(chunk).rpartition(_encode(_TEXT))
+            self._around[choice] = before, after
 
     def chunk(self, event: AnyEvent) -> dict[str, Any] | None:
         if isinstance(event, Delta):
@@ -126,6 +140,8 @@ class ChatChunks(_Chunks):
         was_thinking = parser.is_thinking
         _merge(delta, parser.feed(event.text))
         self.reasoning.count(event, is_thinking=was_thinking or parser.is_thinking)
+        if parser.is_plain and choice not in self._around:
+            self.only_text_comes(choice, self._chunk(choice, {"content": _TEXT}, None))
         logprobs = logprobs_object(event.logprobs) if event.logprobs else None
         return self._chunk(choice, delta, logprobs) if delta or logprobs else None
 
@@ -186,6 +202,8 @@ class TextChunks(_Chunks):
         before = self._length.get(event.choice, 0)
         if event.logprobs:
             self._length[event.choice] = before + sum(len(token.token) for token in event.logprobs)
+        elif event.choice not in self._around:
+            self.only_text_comes(event.choice, self._chunk(event.choice, _TEXT, None))
         return self._chunk(event.choice, event.text, text_logprobs(event.logprobs, before))
 
     def on_choice_end(self, event: ChoiceFinished) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,14 +132,15 @@ class _Reader:
         raise_for(batch[-1][1])
         return False
 
-    async def pieces(self) -> AsyncIterator[bytes]:
-        """All there is to send, from now to the end."""
+    async def write(self, write: Callable[[bytes], Awaitable[None]]) -> None:
+        """All there is to send, from now to the end; all that came together in one piece."""
         while True:
             if self.error is not None:
                 self._out += self._on_error(self.error)
             if self._out:
-                yield bytes(self._out)
+                piece = bytes(self._out)
                 self._out.clear()
+                await write(piece)
             if not self._open:
                 return
             if self.has_tokens and len(self._streams) == 1:
@@ -187,8 +188,7 @@ class _EventResponse(Response):
 
     async def _write(self, send: Any) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for piece in self._reader.pieces():
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await self._reader.write(lambda piece: send({"type": "http.response.body", "body": piece, "more_body": True}))
         await send({"type": "http.response.body", "body": self._tail, "more_body": False})
 
 
