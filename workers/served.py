@@ -10,7 +10,7 @@ from typing import Any
 from tokenfleet.engines.base import Engine, Media
 from tokenfleet.engines.generation import DeliveredChoice, GenerationJob, resolve_max_new_tokens
 from tokenfleet.engines.registry import Loaded, ModelSettings, load
-from tokenfleet.engines.support import check_supported, continuation
+from tokenfleet.engines.support import REFUSED, check_supported, continuation
 from tokenfleet.engines.tokenizer import Tokenizer
 from tokenfleet.wire.chat import ChatRequest, GenerationParams, ResponseFormat, ScoreRequest
 from tokenfleet.wire.errors import InvalidRequest, StreamInterrupted
@@ -150,7 +150,7 @@ class Served:
 
 
 def _forced(params: GenerationParams, grammar: str, engine: str) -> GenerationParams:
-    """A forced call's arguments follow their schema on the engine that reads such a grammar and can continue it."""
-    if not grammar or engine != "transformers" or params.response_format.type != "text":
+    """A forced call's arguments follow their schema on every engine that can be held to a grammar."""
+    if not grammar or "response_format" in REFUSED[engine] or params.response_format.type != "text":
         return params
     return params.model_copy(update={"response_format": ResponseFormat(type="grammar", grammar=grammar)})

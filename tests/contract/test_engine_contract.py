@@ -17,9 +17,14 @@ from tests.contract.reference import chi_square, improbable, log_softmax, probab
 from tokenfleet.engines.choice import DeliveredChoice
 from tokenfleet.engines.generation import GenerationJob, generate_deltas
 from tokenfleet.engines.support import CONTINUATION, CORE, ENGINES, PARAMETERS, REFUSED, check_supported, continuation
+from tokenfleet.engines.templates import sandbox
+from tokenfleet.engines.templates.choice import Offer
+from tokenfleet.engines.templates.forced import call_grammar
+from tokenfleet.engines.templates.schema import tool_format
 from tokenfleet.wire.chat import GenerationParams
 from tokenfleet.wire.errors import ContextLengthExceeded, InvalidRequest
 from tokenfleet.wire.events import ChoiceFinished, Delta
+from tokenfleet.wire.toolcalls import parse
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -381,6 +386,46 @@ async def test_an_answer_has_the_form_asked_for_and_continues_in_it(subject, gra
             delivered = DeliveredChoice(ids, "".join(delta.text for delta in deltas[:count]))
             again = await run(subject, replace(job, attempt=2, delivered={0: delivered}))
             assert has_form(again.text, wanted), again.text
+
+
+TOOLS = (
+    {"type": "function", "function": {"name": "weather", "parameters": {
+        "type": "object", "properties": {"city": {"enum": ["Łódź", "Rome"]}, "days": {"type": "integer"}},
+        "required": ["city"], "additionalProperties": False,
+    }}},
+    {"type": "function", "function": {"name": "time", "parameters": {
+        "type": "object", "properties": {"zone": {"type": "string", "maxLength": 8}}, "required": ["zone"],
+        "additionalProperties": False,
+    }}},
+)  # fmt: skip
+
+
+def fits(call):
+    arguments = json.loads(call.function.arguments)
+    if call.function.name == "time":
+        return arguments.keys() == {"zone"} and isinstance(arguments["zone"], str)
+    is_known = arguments["city"] in ("Łódź", "Rome") and arguments.keys() <= {"city", "days"}
+    return call.function.name == "weather" and is_known and type(arguments.get("days", 0)) is int
+
+
+@pytest.mark.parametrize("style", ["qwen", "llama3", "default"])
+@pytest.mark.parametrize("forced", ["", "weather"], ids=["any", "named"])
+async def test_a_forced_call_has_arguments_after_its_schema(subject, grammars, style, forced):
+    """The grammar of a call that the prompt has begun, as a worker asks for it (`workers.served`)."""
+    written = tool_format(style)
+    opening = sandbox.render(sandbox.snippet(written.opening_named if forced else written.opening), {"name": forced})
+    grammar = call_grammar(written, Offer(TOOLS, forced), opening, is_parallel=False)
+    wanted = {"type": "grammar", "grammar": grammar}
+    called = set()
+    for seed in range(4):
+        answer = await ask(subject, f"x {opening}", response_format=wanted, seed=seed, **WILD)
+        if answer.end.reason == "length":  # a number may have any length
+            continue
+        [call] = parse(answer.text, {"tools": style, "prefix": opening}).tool_calls
+        assert fits(call), call
+        assert forced in ("", call.function.name)
+        called.add(call.function.name)
+    assert called
 
 
 async def test_a_form_that_makes_no_sense_is_refused(subject, grammars):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from itertools import islice
 
@@ -13,6 +14,7 @@ from tests.fleets import Fleet, wait_until
 from tests.installed_engine import MODEL, core_of, needs_one, start, wait_ready
 from tests.processes import all_gone
 from tokenfleet.wire.events import Delta
+from tokenfleet.wire.toolcalls import parse
 
 pytestmark = [needs_one, pytest.mark.slow, pytest.mark.timeout(500)]
 
@@ -27,6 +29,17 @@ def test_a_chat_is_answered_and_a_core_that_dies_while_nothing_runs_takes_its_wo
         events = list(stream)
     text = "".join(event.text for event in events if isinstance(event, Delta))
     assert text.startswith("The capital of France is Paris.")
+    tool = {"name": "weather", "parameters": {
+        "type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"],
+        "additionalProperties": False,
+    }}  # fmt: skip
+    forced = client.submit(
+        question, model=MODEL, do_sample=False, max_new_tokens=60, tools=[{"type": "function", "function": tool}],
+        tool_choice="required", parallel_tool_calls=False,
+    )  # fmt: skip
+    called = forced.result(60)
+    [call] = parse(called.choices[0].text, called.parser).tool_calls
+    assert json.loads(call.function.arguments)["city"] in ("Paris", "Rome")
     left = client.submit("Count.", model=MODEL, max_new_tokens=900, ignore_eos=True)
     with left.stream() as stream:
         assert any(isinstance(event, Delta) for event in islice(stream, 20))
