@@ -1,6 +1,7 @@
 """The transformers engine against transformers' own static batch and continuous batching, all in one run.
 
-    python -m bench.transformers_batching [--rounds 3] [--chats 16] [--own-continuous] [--threads N]
+    python -m bench.transformers_batching [--rounds 3] [--chats 16] [--own-continuous]
+        [--greedy-only] [--threads N]
 
 Chats of one length (128 new tokens) and of mixed lengths (32 to 256), greedy, float32, SmolLM2-135M, with as many
 slots as chats. Rounds alternate between the sides, so a busy machine slows both; CPU seconds, which it slows less, are
@@ -128,6 +129,7 @@ async def main() -> None:
     parser.add_argument("--chats", type=int, default=16)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--own-continuous", action="store_true", help="also transformers' own continuous batching")
+    parser.add_argument("--greedy-only", action="store_true", help="leave default sampling out: half the time")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     transformers.utils.logging.set_verbosity_error()
@@ -174,13 +176,15 @@ async def compare(name: str, chats: list[Chat], engine: TransformersEngine, plai
     for _ in range(args.rounds):
         await timed(static, lambda: by_static_batch(plain, chats), tokens)
         await timed(mine, lambda: by_engine(engine, chats, mine, **greedy), tokens)
-        await timed(sampled, lambda: by_engine(engine, chats, sampled), tokens)
+        if not args.greedy_only:
+            await timed(sampled, lambda: by_engine(engine, chats, sampled), tokens)
         if args.own_continuous:
             await timed(own, lambda: by_own_continuous(plain, chats), tokens)
     print(f"{name}: {tokens} tokens", flush=True)
     print(static.line("transformers, static batch", tokens, None))
     print(mine.line("tokenfleet", tokens, static))
-    print(sampled.line("tokenfleet, default sampling", tokens, static), flush=True)
+    if not args.greedy_only:
+        print(sampled.line("tokenfleet, default sampling", tokens, static), flush=True)
     if args.own_continuous:
         print(own.line("transformers, continuous batching", tokens, static))
 

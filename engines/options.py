@@ -50,6 +50,9 @@ class ModelOptions(MediaSettings):
     adapters: dict[str, str] = Field(default_factory=dict)
     """Name → path or hub id of LoRA adapters that a request may choose by name."""
     cache_dir: Path | None = None
+    rewards: bool = False
+    """A reward model: a sequence classifier, or a model with a value head beside it or an adapter. Loading any other
+    is refused."""
 
     infer_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """``auto``: float32 on a CPU (few have fast 16-bit arithmetic), else the dtype of the checkpoint."""

@@ -29,6 +29,14 @@ class RewardHead:
         return torch.nn.functional.linear(hidden.float(), weight, bias)[:, 0]
 
 
+def no_rewards(label: str) -> ConfigurationError:
+    """For ``rewards`` with a model that gives none."""
+    return ConfigurationError(
+        f"rewards: {label!r} is no sequence classifier, and there is no value head beside it or its adapters.",
+        hint="A value head is a file value_head.safetensors or value_head.bin.",
+    )
+
+
 def find_value_head(folders: Sequence[Path]) -> RewardHead | None:
     """The first value head that lies in one of ``folders``, next to a model or an adapter."""
     for folder in folders:

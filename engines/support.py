@@ -39,8 +39,9 @@ _VLLM_BEAMS = Refusal(
     "https://github.com/vllm-project/vllm/pull/9105",
 )
 _SGLANG_BEAMS = Refusal(
-    "SGLang 0.5.17 has no beam search; the one of 0.5.23 takes its candidates past the sampler, without our penalties.",
-    "https://github.com/sgl-project/sglang/blob/main/python/sglang/srt/beam_search/logits_capture.py",
+    "SGLang 0.5.17, for GPUs here, has no beam search. That of 0.5.23 (beam_width) takes logits kept from before the "
+    "sampler, so it knows no penalties, biases and grammars of ours; no request can set its length_penalty.",
+    "https://github.com/sgl-project/sglang/blob/v0.5.23/python/sglang/srt/beam_search/logits_capture.py",
 )
 _SCRIPTED_BEAMS = Refusal("A script has nothing to search.", "engines/scripted/model.py")
 

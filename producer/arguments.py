@@ -61,6 +61,10 @@ class FleetArguments(BaseModel):
     trust_remote_code: bool | None = None
     finetuning_type: Literal["lora", "full"] | None = None
     """Accepted for LLaMA-Factory's files; what an adapter is stands in its own files."""
+    stage: Literal["sft", "rm"] | None = None
+    """LLaMA-Factory's: ``rm`` is a reward model, for `get_scores`. The same as ``rewards``."""
+    rewards: bool | None = None
+    """Load a reward model: a sequence classifier, or one with a value head beside it or its last adapter."""
 
     # vLLM and SGLang
     vllm_maxlen: int | None = None
@@ -113,6 +117,11 @@ class FleetArguments(BaseModel):
                 raise ConfigurationError(f"{name} means nothing to the engine {engine!r}.", hint="Leave it out.")
             if engine != "scripted":
                 args[name] = value
+        if self.stage == "rm":
+            if self.rewards is False:
+                raise ConfigurationError("stage=rm is a reward model, and rewards says that it is none.")
+            if engine != "scripted":
+                args["rewards"] = True
         if engine != "scripted":
             args.setdefault("model_name_or_path", DEFAULT_MODEL)
         return args
@@ -123,6 +132,7 @@ _SGLANG_NAMES = tuple(name for name in FleetArguments.model_fields if name.start
 _MODEL_NAMES = (
     "model_name_or_path", "adapter_name_or_path", "adapters", "adapter_folder", "cache_dir", "model_revision",
     "infer_dtype", "quantization_bit", "quantization_method", "rope_scaling", "flash_attn", "trust_remote_code",
+    "rewards",
 )  # fmt: skip
 
 

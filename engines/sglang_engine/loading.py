@@ -38,6 +38,10 @@ def load(options: SglangOptions) -> LoadedSglang:
 
     folders, label = Folders.of(options), options.shown_name
     folder, adapters, fixed = folders.model, folders.chosen, folders.fixed
+    if options.rewards and not _is_classifier(folder):
+        raise ConfigurationError(
+            f"rewards: {label!r} is no sequence classifier.", hint="A value head is for transformers or vLLM."
+        )
     for adapter in (*adapters.values(), *fixed):
         _check_adapter(adapter, options.allow_pickle)
     lora: dict[str | None, str] = {None: _FIXED} if fixed else {name: name for name in adapters}

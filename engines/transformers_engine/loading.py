@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from tokenfleet.engines.folders import Folders
-from tokenfleet.engines.rewards import RewardHead, classifier_head, find_value_head
+from tokenfleet.engines.rewards import RewardHead, classifier_head, find_value_head, no_rewards
 from tokenfleet.engines.rope import scaled
 from tokenfleet.engines.transformers_engine.adapters import AdapterChoice, merge
 from tokenfleet.engines.transformers_engine.attention import use_grouped_sdpa
@@ -177,6 +177,8 @@ def load(options: TransformersOptions) -> LoadedModel:
     model = merge(model, merged, allow_pickle=options.allow_pickle)
     model.eval().requires_grad_(False)
     head = find_value_head([*reversed(merged), folder]) if model.can_generate() else classifier_head(model)
+    if options.rewards and head is None:
+        raise no_rewards(options.shown_name)
     choice = AdapterChoice(model, chosen, allow_pickle=options.allow_pickle) if chosen else None
     dtype = model.dtype
     if options.flash_attn == "auto":

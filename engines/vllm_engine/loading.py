@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenfleet.engines.base import EngineInfo
 from tokenfleet.engines.folders import Folders, architectures, eos_ids, first_line
-from tokenfleet.engines.rewards import RewardHead, find_value_head
+from tokenfleet.engines.rewards import RewardHead, find_value_head, no_rewards
 from tokenfleet.engines.rope import scaled
 from tokenfleet.engines.vllm_engine import adapters as lora
 from tokenfleet.engines.vllm_engine import compat
@@ -85,10 +85,7 @@ def _parts(options: VllmOptions, folders: contextlib.ExitStack) -> _Parts:
     head = find_value_head([*reversed(fixed), model]) if options.rewards else None
     is_classifier = any(name.endswith("ForSequenceClassification") for name in architectures(model))
     if options.rewards and not is_classifier and head is None:
-        raise ConfigurationError(
-            f"rewards: there is no value head beside {options.shown_name!r} or its adapters.",
-            hint="It is a file value_head.safetensors or value_head.bin.",
-        )
+        raise no_rewards(options.shown_name)
     always = [lora.read(folder, allow_pickle=options.allow_pickle) for folder in fixed]
     named: dict[str | None, list[lora.LoraFolder]] = {None: always} if always else {}
     for name, folder in found.chosen.items():

@@ -27,8 +27,8 @@ class VllmOptions(ModelOptions):
     """LoRA adapters that every request gets, all of them. vLLM merges nothing into the weights: they are joined to
     one adapter, and with each of ``adapters``. Also where a value head is looked for."""
     rewards: bool = False
-    """Give scores by the value head next to the model or an adapter, and no text: vLLM loads a model for one or the
-    other. A sequence classifier gives scores by itself."""
+    """A reward model, which writes no text: vLLM loads a model for one or the other. The value head beside a model or
+    an adapter is used only then; a sequence classifier gives scores by itself."""
 
     quantization_bit: Literal[4, 8] | None = None
     quantization_method: Literal["bnb", "fp8"] | None = None

@@ -101,6 +101,12 @@ async def test_a_checkpoint_quantised_in_a_way_that_is_not_there_says_what_is_mi
             pass
 
 
+async def test_a_model_that_gives_no_scores_is_no_reward_model(llama):
+    with pytest.raises(ConfigurationError, match="value head"):
+        async with started(llama[0], rewards=True):
+            pass
+
+
 async def test_ways_to_quantise_that_are_not_installed_name_their_package(llama):
     for method in ("hqq", "eetq"):
         with pytest.raises(ConfigurationError, match=method) as raised:

@@ -158,3 +158,17 @@ def test_a_bug_of_ours_is_one_line_unless_debugging(
     assert capsys.readouterr().err.startswith("error [internal_error]: ZeroDivisionError: a b. ")
     with pytest.raises(ZeroDivisionError):
         main(["--debug", "down"])
+
+
+@pytest.mark.parametrize("backend", ["hf", "vllm", "sglang"])
+def test_llama_factorys_stage_of_reward_models_is_understood(backend: str) -> None:
+    def engine_args(**given: object) -> dict[str, object]:
+        arguments, _ = split_arguments({"model_name_or_path": "m", "infer_backend": backend, **given})
+        return dict(arguments.local_fleet().worker["engine_args"])
+
+    assert engine_args(stage="rm") == engine_args(rewards=True) == {"model_name_or_path": "m", "rewards": True}
+    assert engine_args(stage="sft") == {"model_name_or_path": "m"}
+    with pytest.raises(ConfigurationError, match="stage"):
+        engine_args(stage="ppo")
+    with pytest.raises(ConfigurationError, match="rewards"):
+        engine_args(stage="rm", rewards=False)
