@@ -105,7 +105,7 @@ class Job:
         call = self.call
         self.accept()
         try:
-            self.report = call.on_result, call.target(*call.args, **call.kwargs)
+            self.report = call.on_result, _without_frames(call.target(*call.args, **call.kwargs))
         except Stopped:
             pass
         except Exception:  # noqa: BLE001  the tracer's own failure, or a Reject it lets through
@@ -237,6 +237,22 @@ class AsyncJob(Job, Coroutine[Any, Any, None]):
 
 class _JobGreenlet(greenlet):
     job: AsyncJob
+
+
+def _without_frames(outcome: Any) -> Any:
+    """The tracer's outcome, its exception without the frames it passed (Celery has its traceback as text by now).
+
+    They lead to the tracer's own, whose variables hold the exception: a cycle of all that the job had, and with it some
+    10,000 objects that stand for the traceback, until a full collection."""
+    match outcome:
+        case (_, ExceptionInfo() as failure, *_):
+            exc = getattr(failure.exception, "exc", failure.exception)
+            seen: set[int] = set()
+            while exc is not None and id(exc) not in seen:
+                seen.add(id(exc))
+                exc.__traceback__ = None
+                exc = exc.__cause__ or exc.__context__
+    return outcome
 
 
 def _as_failure(exc: BaseException) -> ExceptionInfo:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import json
 import logging
 import os
@@ -112,6 +113,7 @@ class Runtime:
         self._guardian.start()
         await self.served.start()
         await asyncio.to_thread(self._guardian.wait)
+        _freeze_heap()
         self.lease.start()
         while not self.lease.registered.is_set():  # noqa: ASYNC110  (set by a thread; Redis may come up after us)
             await asyncio.sleep(0.02)
@@ -437,6 +439,14 @@ class Runtime:
     def reaped(self, outbox: tuple[str, ...]) -> None:
         for job_id in outbox:
             self._follow_up(job_id)
+
+
+def _freeze_heap() -> None:
+    """What loading made stays: garbage collections needn't look through it, which took a large model's libraries tenths
+    of a second each time, and made Python put full ones off until much had gathered."""
+    gc.collect()
+    gc.freeze()
+    gc.collect()  # Python compares with what the last one found
 
 
 async def patiently(call: Callable[[], Awaitable[T]]) -> T:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator
 
 import redis
@@ -188,6 +190,31 @@ async def end(self, how: str) -> str:
             await asyncio.wait([helper])
             return type(helper.exception()).__name__
     return "fine"
+
+
+@app.task
+async def forgotten(how: str) -> None:
+    """Says when an object of the task's own is gone, which no garbage collection helps any more."""
+
+    class Kept:
+        pass
+
+    gc.disable()
+    kept = Kept()
+    weakref.finalize(kept, say, "gone", how)
+    await asyncio.sleep(0)
+    try:
+        raise OSError("what was behind it")
+    except OSError as error:
+        if how == "fail":
+            raise ValueError("no") from error
+        if how == "ignore":
+            raise Ignore from error
+
+
+@app.task
+def collect_garbage() -> None:
+    gc.enable()
 
 
 async def _exit() -> None:

@@ -209,6 +209,15 @@ def test_an_ignored_task_is_acked_and_leaves_no_state(worker: Worker) -> None:
     assert sent.state == "PENDING"
 
 
+def test_nothing_of_an_ended_task_waits_for_the_garbage_collector(worker: Worker) -> None:
+    try:
+        for how in ("fine", "fail", "ignore"):
+            worker.send("forgotten", how)
+            worker.hears(f"gone {how}")
+    finally:
+        worker.result("collect_garbage")
+
+
 def test_autoretry_sees_the_exceptions_of_a_coroutine(worker: Worker) -> None:
     assert worker.result("flaky") == 1
 
