@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,11 @@ async def completions(request: Request) -> Response:
     stream = StreamOptions.of(body)
     key = request.headers.get("idempotency-key")
     asked = from_completion_body(body, settings, tenant, cancel_on_disconnect=key is None)
+    if len(asked) > 1 and request.state.webhook is not None:
+        raise InvalidRequest(
+            "webhook: with one prompt only; each of several ends by itself.", code="unsupported_parameter",
+            param="webhook",
+        )  # fmt: skip
     keys = [key if k == 0 or key is None else f"{key}\0{k}" for k in range(len(asked))]
     submitted = [
         await submit(request, chat, options, body, key) for (chat, options), key in zip(asked, keys, strict=True)
@@ -83,20 +88,7 @@ async def completions(request: Request) -> Response:
         sources = [Source(*parts) for parts in zip(jobs, frames, observed, strict=True)]
         return await event_stream(request, sources)
     done = await answers(request, jobs, observed)
-    choices = [
-        {
-            "index": k * n + c.index,
-            "text": c.text,
-            "logprobs": text_logprobs(c.logprobs),
-            "finish_reason": c.finish_reason,
-        }
-        for k, answer in enumerate(done)
-        for c in answer.result.choices
-    ]
-    usages = [answer.result.usage for answer in done]
-    usage = Usage(sum(u.prompt_tokens for u in usages), sum(u.completion_tokens for u in usages))
-    head = {"id": f"cmpl-{jobs[0].id}", "object": "text_completion", "created": done[0].created, "model": model}
-    return _json({**head, "choices": choices, "usage": usage_object(usage)})
+    return _json(text_object(jobs[0].id, done, model, n))
 
 
 async def submit(
@@ -235,6 +227,24 @@ def completion_object(result: ChatResult, model: str, created: int, reasoning: i
         "choices": choices,
         "usage": usage_object(result.usage, reasoning),
     }
+
+
+def text_object(first_id: str, done: Sequence[Answer], model: str, n: int) -> dict[str, Any]:
+    """The ``text_completion`` of finished jobs, one a prompt, each with ``n`` choices."""
+    choices = [
+        {
+            "index": k * n + c.index,
+            "text": c.text,
+            "logprobs": text_logprobs(c.logprobs),
+            "finish_reason": c.finish_reason,
+        }
+        for k, answer in enumerate(done)
+        for c in answer.result.choices
+    ]
+    usages = [answer.result.usage for answer in done]
+    usage = Usage(sum(u.prompt_tokens for u in usages), sum(u.completion_tokens for u in usages))
+    head = {"id": f"cmpl-{first_id}", "object": "text_completion", "created": done[0].created, "model": model}
+    return {**head, "choices": choices, "usage": usage_object(usage)}
 
 
 def _json(value: Any) -> Response:

@@ -89,6 +89,7 @@ CHAT = _body(
 COMPLETIONS = _body(
     {
         **_SAMPLING,
+        **_WEBHOOK,
         "prompt": {"anyOf": [_TEXTS, {"type": "array", "items": {"type": "integer"}}]},
         "stream_options": _OBJECT,
         "n": _COUNT,

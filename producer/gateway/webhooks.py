@@ -1,4 +1,5 @@
-"""Webhooks: an address that is told when a chat, a response or a batch has ended, signed as OpenAI signs its own.
+"""Webhooks: an address that is told when a chat, a completion, a response or a batch has ended, signed as
+OpenAI signs its own.
 
 The end itself writes what is to be delivered, in the same script; any gateway delivers it, at least once, and tries
 again for three days. ``webhook-id`` is the same each time. The schedule lies in Redis, since it outlives processes: a
@@ -31,7 +32,12 @@ from tokenfleet.wire.ledger import Ledger, translated
 
 log = logging.getLogger(__name__)
 
-KINDS = {"/v1/chat/completions": "chat.completion", "/v1/responses": "response", "/v1/batches": "batch"}
+KINDS = {
+    "/v1/chat/completions": "chat.completion",
+    "/v1/completions": "completion",
+    "/v1/responses": "response",
+    "/v1/batches": "batch",
+}
 """Of the event's type, by where ``webhook`` is taken."""
 _POLL_S = 0.5
 _AT_ONCE = 16
@@ -179,6 +185,8 @@ def object_id(kind: str, ended_id: str) -> str:
     match kind:
         case "chat.completion":
             return f"chatcmpl-{ended_id}"
+        case "completion":
+            return f"cmpl-{ended_id}"
         case "response":
             return "resp_" + ended_id.replace("-", "")
         case _:

@@ -66,6 +66,31 @@ def test_chats_responses_and_batches_tell_of_their_ends(client: openai.OpenAI, s
             client.webhooks.unwrap(seen.calls[0].body, seen.calls[0].headers, secret="whsec_" + "A" * 44)
 
 
+def test_a_completion_tells_of_its_end_and_can_be_read_then(client: openai.OpenAI, secret: str) -> None:
+    with receiver() as seen:
+        text = client.completions.create(model=MODEL, prompt="Say something.", max_tokens=3, n=2, **hook(seen))
+        with pytest.raises(openai.APITimeoutError):
+            client.with_options(timeout=0.5).completions.create(
+                model=MODEL, prompt="Say more.", max_tokens=300, **hook(seen)
+            )
+        wait_until(lambda: len(seen.calls) == 2, 20)
+        events = [json.loads(call.body) for call in seen.calls]
+        assert client.webhooks.verify_signature(seen.calls[0].body, seen.calls[0].headers, secret=secret) is None
+        assert {event["type"] for event in events} == {"completion.completed"}
+        assert events[0]["data"]["id"] == text.id
+
+        def read(completion_id: str) -> openai.types.Completion:
+            return client.get(f"/completions/{completion_id}", cast_to=openai.types.Completion)
+
+        assert read(text.id) == text
+        assert read(events[1]["data"]["id"]).usage.completion_tokens == 300
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.retrieve(text.id.replace("cmpl-", "chatcmpl-"))
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(model=MODEL, prompt=["a", "b"], **hook(seen))
+        assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "webhook")
+
+
 def test_a_failed_call_is_made_again_with_the_same_id(client: openai.OpenAI) -> None:
     answers = iter([500, 302, 429])
     with receiver(lambda call: next(answers, 200)) as seen:
