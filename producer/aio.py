@@ -39,6 +39,8 @@ T = TypeVar("T")
 
 MIN_REDIS, MIN_VALKEY = (7, 0), (7, 2)
 _MEDIA = MediaSettings()
+UNBOUNDED_TOKENS = 1024
+"""What an answer without a limit is taken to come to."""
 
 
 class AsyncStream:
@@ -354,8 +356,9 @@ class AsyncClient:
                 await self.media.offer(options.tenant, media)
             try:
                 await self.ledger.submit(
-                    job_id, model, body, options, max_queued=self._max_queued, shown=shown, media=entries
-                )
+                    job_id, model, body, options, max_queued=self._max_queued, shown=shown, media=entries,
+                    tokens=estimated_tokens(request, body),
+                )  # fmt: skip
                 break
             except UnknownModel:
                 raise _unknown(model, await self.models()) from None
@@ -387,6 +390,15 @@ class AsyncClient:
         if self._collecting is None:
             self._collecting = Collector(self.ledger)
         return self._collecting
+
+
+def estimated_tokens(request: ChatRequest | ScoreRequest, body: bytes) -> int:
+    """What a job may come to, before anything has counted: a token for four bytes of the request, and all that may be
+    written."""
+    if isinstance(request, ScoreRequest):
+        return len(body) // 4
+    most = request.params.max_new_tokens
+    return len(body) // 4 + request.params.n * (UNBOUNDED_TOKENS if most is None else most)
 
 
 def _unknown(model: str, models: Iterable[str]) -> UnknownModel:

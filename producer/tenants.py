@@ -23,7 +23,8 @@ _CACHE_S = 2.0
 
 
 class Limits(msgspec.Struct, frozen=True, omit_defaults=True):
-    """None: no limit. Tokens are prompt and completion, of jobs outside the batch lane, counted when they end."""
+    """None: no limit. Tokens are prompt and completion, of jobs outside the batch lane: an estimate is
+    taken by ``submit``, and settled when the job has ended."""
 
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None

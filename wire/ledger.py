@@ -180,10 +180,12 @@ class Ledger:
         links: bytes = b"",
         shown: bytes = b"",
         media: Sequence[str] = (),
+        tokens: int = 0,
     ) -> int:
         """Write the job, its first event and its Celery message, all or nothing. Returns how many wait before it.
 
         ``media`` are the `media_entry` of what the request refers to; they stay as long as the job needs them.
+        ``tokens`` is what it may come to: taken from the tenant's tokens per minute now, settled when it has ended.
         Submitting the same again is a no-op. Raises `JobConflict`, `UnknownModel`, `Overloaded`, `MediaGone`,
         `FleetUnavailable`."""
         priority = int(options.lane)
@@ -195,7 +197,7 @@ class Ledger:
         if links:
             pairs += ["links", links]
         if options.tenant:
-            pairs += ["tenant", options.tenant]
+            pairs += ["tenant", options.tenant, "charged", tokens]
         if options.webhook:
             hook = {"url": options.webhook, "tenant": options.tenant, "kind": options.webhook_kind}
             pairs += ["hook", msgspec.json.encode(hook)]
@@ -248,6 +250,13 @@ class Ledger:
                     code="queue_share_full",
                     hint="Try again later.",
                     retry_after_s=2.0,
+                )
+            case b"tenant_tokens":
+                raise Overloaded(
+                    f"You may use {int(reply[1])} tokens a minute; this may take {tokens}.",
+                    code="rate_limited",
+                    hint="Try again later, or ask for fewer tokens.",
+                    retry_after_s=int(reply[2]) / 1000,
                 )
             case b"media_gone":
                 raise media_gone([entry.decode().partition(":")[2] for entry in reply[1:]])

@@ -171,6 +171,44 @@ def test_tokens_per_minute_count_what_was_used(served: Fleet, gateways: list[Gat
     assert used - 60 - 10 <= int(caught.value.response.headers["retry-after"]) <= used - 60 + 2
 
 
+def test_tokens_are_taken_at_admission_and_settled_at_the_end(
+    served: Fleet, gateways: list[Gateway], keys: dict[str, str]
+) -> None:
+    """Twelve at once, each up to 300 of 1000 tokens a minute: three come in. What they leave over comes back."""
+    key = cli(served, "keys", "create", "dora")
+    cli(served, "keys", "limits", "dora", "--tokens-per-minute", "1000")
+
+    def left() -> int:
+        return int(call(gateways[0], "/v1/models", key).headers["x-ratelimit-remaining-tokens"])
+
+    def ask(k: int) -> Any:
+        client = client_of(gateways[k % 2], key)
+        try:
+            return client.responses.create(model=MODEL, input="Hi!", max_output_tokens=270, background=True)
+        except openai.RateLimitError as error:
+            return error
+
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(ask, range(12)))
+    refused = [each for each in answers if isinstance(each, openai.RateLimitError)]
+    let_in = [each for each in answers if each not in refused]
+    assert len(let_in) == 3
+    for error in refused:
+        assert error.code == "rate_limited"
+        assert 1 <= int(error.response.headers["retry-after"]) <= 20
+    assert left() < 200
+    client = client_of(gateways[0], key)
+    for each in let_in:
+        client.responses.cancel(each.id)
+    used = sum(client.responses.retrieve(each.id).usage.total_tokens for each in let_in)
+    assert abs(left() - (1000 - used)) < 250  # refilled by 17 a second meanwhile, never above what there may be
+    assert left() > 500
+    for _ in range(8):  # a bound of 100 each, and little used: more than the 1000 all in all
+        client.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": '[[say: "short"]]'}], max_tokens=100
+        )
+
+
 def test_concurrent_jobs_and_the_queue_share_are_bounded(
     served: Fleet, gateways: list[Gateway], keys: dict[str, str]
 ) -> None:

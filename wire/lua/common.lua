@@ -55,8 +55,8 @@ local function publish(id, seq, events)
   redis.call('PUBLISH', P .. 'live:' .. id, '{"seq":' .. seq .. ',"events":[' .. events .. ']}')
 end
 
--- A tenant's bucket of requests or tokens: at most `per_minute` in it, refilled evenly. Takes `n`; what is taken after
--- the fact may leave it below zero. Returns its level. Asked again after a lost reply it takes twice: too strict once.
+-- A tenant's bucket of requests or tokens: at most `per_minute` in it, refilled evenly. Takes `n`, or gives back where it
+-- is negative; it may get below zero. Returns its level. Asked again after a lost reply it takes twice: too strict once.
 local function bucket(tenant, name, per_minute, n)
   local key = P .. 'rate:' .. tenant
   local f = redis.call('HMGET', key, name, name .. '_ms')
@@ -65,7 +65,7 @@ local function bucket(tenant, name, per_minute, n)
     level = math.min(per_minute, tonumber(f[1]) + math.max(0, NOW - num(f[2])) * per_minute / 60000)
   end
   if n ~= 0 then
-    level = level - n
+    level = math.min(per_minute, level - n)
     redis.call('HSET', key, name, tostring(level), name .. '_ms', NOW)
     local full_ms = math.ceil((per_minute - level) * 60000 / per_minute) + 1000
     if redis.call('PEXPIRE', key, full_ms, 'NX') == 0 then redis.call('PEXPIRE', key, full_ms, 'GT') end
@@ -110,7 +110,7 @@ end
 local function finish(id, state, seq, event, celery)
   local job = job_key(id)
   local f = redis.call('HMGET', job, 'queue', 'priority', 'worker', 'retention_ms', 'sends', 'links', 'dead_ms', 'state',
-    'tenant', 'hook', 'prompt_tokens', 'tokens', 'media')
+    'tenant', 'hook', 'prompt_tokens', 'tokens', 'media', 'charged')
   local queue, keep = f[1], num(f[4])
   redis.pcall('XADD', log_key(id), 'NOMKSTREAM', seq .. '-0', 'e', event) -- no log, or not ours: it ends all the same
   redis.call('HSET', job, 'state', state, 'seq', seq, 'ended_ms', NOW, 'terminal', event, 'owner', '')
@@ -125,8 +125,8 @@ local function finish(id, state, seq, event, celery)
   if f[9] then
     redis.call('ZREM', P .. 'tenant:' .. f[9], id)
     local per_minute = f[2] ~= '6' and limits_of(f[9]).tokens_per_minute
-    local used = num(f[11]) + num(f[12])
-    if per_minute and used > 0 then bucket(f[9], 'tokens', per_minute, used) end
+    -- `submit` has taken an estimate: what was too much of it comes back.
+    if per_minute then bucket(f[9], 'tokens', per_minute, num(f[11]) + num(f[12]) - num(f[14])) end
   end
   if f[10] then notify(id, f[10], state) end
   redis.call('PEXPIRE', job, keep)

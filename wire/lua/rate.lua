@@ -7,7 +7,7 @@ for _, kind in ipairs({ 'requests', 'tokens' }) do
   local per_minute = limits[kind .. '_per_minute']
   if per_minute then
     local level = bucket(tenant, kind, per_minute, 0)
-    -- Tokens are taken when a job has ended and its count is known: there must be one left.
+    -- Tokens are taken by `submit`, which knows of how many it may be: there must be one left.
     if n > 0 and level < 1 then wait = math.max(wait, (1 - level) * 60000 / per_minute) end
     reply[#reply + 1] = per_minute
     reply[#reply + 1] = math.max(0, math.floor(level))

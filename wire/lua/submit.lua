@@ -1,7 +1,7 @@
 -- ARGV: prefix, id, digest, model, queue, priority, delay_ms, queue_ttl_ms, deadline_ms, max_queued, field, value, …
 -- Returns {'accepted', n waiting before it} | {'exists'} | {'conflict'} | {'unknown_model'} |
 --         {'memory_full', percent} | {'queue_full', n, claims per second in the last 10 s} |
---         {'tenant_jobs', limit} | {'tenant_queue', limit} |
+--         {'tenant_jobs', limit} | {'tenant_queue', limit} | {'tenant_tokens', limit, ms until it fits} |
 --         {'media_gone', '<scope>:<sha256>', …} (what the field `media` names and is not there: upload it again)
 local id, digest, model, queue, priority = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local delay, queue_ttl, deadline, max_queued = num(ARGV[7]), num(ARGV[8]), num(ARGV[9]), num(ARGV[10])
@@ -17,9 +17,15 @@ if waiting >= max_queued then
   for k = 1, 10 do claimed = claimed + num(redis.call('HGET', P .. 'order:' .. queue, 'count' .. (second - k))) end
   return { 'queue_full', waiting, tostring(claimed / 10) }
 end
-local tenant, media
+local tenant, media, estimate
 for k = 11, #ARGV, 2 do
-  if ARGV[k] == 'tenant' then tenant = ARGV[k + 1] elseif ARGV[k] == 'media' then media = ARGV[k + 1] end
+  if ARGV[k] == 'tenant' then
+    tenant = ARGV[k + 1]
+  elseif ARGV[k] == 'media' then
+    media = ARGV[k + 1]
+  elseif ARGV[k] == 'charged' then
+    estimate = k + 1
+  end
 end
 if media then
   local gone = { 'media_gone' }
@@ -28,6 +34,7 @@ if media then
   end
   if #gone > 1 then return gone end
 end
+local charged
 if tenant then
   local mine, limits = P .. 'tenant:' .. tenant, limits_of(tenant)
   redis.call('ZREMRANGEBYSCORE', mine, '-inf', NOW - 60000) -- jobs that Redis lost: no script ended them
@@ -38,6 +45,14 @@ if tenant then
     if n >= share and redis.call('ZINTERCARD', 2, mine, P .. 'queue:' .. queue, 'LIMIT', share) >= share then
       return { 'tenant_queue', share }
     end
+  end
+  local per_minute = limits.tokens_per_minute
+  if per_minute and estimate and priority ~= '6' then
+    -- What may be used is taken now and settled at the end. More than a minute's worth needs a full bucket.
+    charged = num(ARGV[estimate])
+    local short = math.min(charged, per_minute) - bucket(tenant, 'tokens', per_minute, 0)
+    if short > 0 then return { 'tenant_tokens', per_minute, math.ceil(short * 60000 / per_minute) } end
+    bucket(tenant, 'tokens', per_minute, charged)
   end
   redis.call('ZADD', mine, NOW + deadline, id)
 end
@@ -54,6 +69,7 @@ local fields = { 'state', 'queued', 'digest', digest, 'model', model, 'queue', q
   'epoch', 0, 'owner', '', 'worker', '', 'seq', 1, 'tokens', 0, 'strikes', 0, 'submitted_ms', NOW,
   'deadline_ms', NOW + deadline }
 for k = 11, #ARGV do fields[#fields + 1] = ARGV[k] end
+if estimate then fields[#fields - #ARGV + estimate] = charged or 0 end
 redis.call('HSET', job, unpack(fields))
 local event = '{"type":"queued","t_ms":' .. NOW .. ',"model":' .. cjson.encode(model) .. '}'
 redis.call('XADD', log_key(id), '1-0', 'e', event)
