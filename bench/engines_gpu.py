@@ -1,10 +1,11 @@
 """An engine's own offline batch against our adapter over it, on a GPU (or, to try the script, a CPU).
 
-    python -m bench.engines_gpu vllm|sglang [--streams 256] [--tokens 512] [--rounds 3] [--tiny]
+    python -m bench.engines_gpu vllm|sglang [--streams 256] [--tokens 512] [--rounds 3] [--tiny] [--limit-s 200]
 
 A Llama of SmolLM2-135M's shape with random weights in bfloat16 (its weights don't change the work), prompts of 64
 random ids, sampling at temperature 1 without cuts, EOS ignored. Each side has a process of its own, so that one's
-memory is not the other's; both are timed over the same rounds after one that warms up. The sides:
+memory is not the other's; both are timed over the same rounds after one that warms up. What a side does is printed as
+it happens, with its seconds; a side that takes longer than its limit is ended, what it had found is kept. The sides:
 
 offline      the engine's own batch call (`LLM.generate`, `Engine.generate`), with and without detokenizing
 adapter      `Engine.generate` of ours, a reader for each stream: ids in, ids out
@@ -16,14 +17,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import platform
 import random
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import aclosing
 from pathlib import Path
@@ -71,6 +75,10 @@ def report(**figures: Any) -> None:
     print("RESULT " + json.dumps(figures), flush=True)
 
 
+def stage(what: str) -> None:
+    print(what, flush=True)
+
+
 # -- offline ----------------------------------------------------------------------------------------------------------
 
 
@@ -80,6 +88,7 @@ def offline_vllm(args: argparse.Namespace) -> None:
     compat.prepare_environment()
     import vllm
 
+    stage("imported; the engine starts")
     engine = vllm.LLM(
         args.model, dtype="bfloat16", max_num_seqs=args.streams, max_model_len=CONTEXT_TOKENS,
         enforce_eager=args.tiny, disable_log_stats=True, **args.options,
@@ -100,9 +109,10 @@ def offline_vllm(args: argparse.Namespace) -> None:
 def offline_sglang(args: argparse.Namespace) -> None:
     import sglang
 
+    stage("imported; the engine starts")
     engine = sglang.Engine(
         model_path=args.model, dtype="bfloat16", max_running_requests=args.streams, context_length=CONTEXT_TOKENS,
-        log_level="error", sampling_backend="pytorch", **args.options,
+        log_level="info", log_requests=False, sampling_backend="pytorch", **args.options,
     )  # fmt: skip
     sampling = {"temperature": 1, "max_new_tokens": args.tokens, "ignore_eos": True}
 
@@ -115,7 +125,9 @@ def offline_sglang(args: argparse.Namespace) -> None:
 
 
 def measure(name: str, run: Any, args: argparse.Namespace) -> None:
+    stage(f"{name}: warming up")
     run()
+    stage(f"{name}: {args.rounds} rounds")
     rates = []
     for _ in range(args.rounds):
         start = time.perf_counter()
@@ -134,6 +146,7 @@ async def adapter(args: argparse.Namespace) -> None:
     from tokenfleet.wire.chat import GenerationParams
     from tokenfleet.wire.events import Delta
 
+    stage("the engine starts")
     loaded = await registry.load(args.engine, args.adapter_options, registry.ModelSettings("135m", slots=args.streams))
     engine, tokenizer = loaded.engine, loaded.tokenizer
     batch = prompts(args)
@@ -165,6 +178,7 @@ async def adapter(args: argparse.Namespace) -> None:
         ("adapter, deltas with text", with_text, args.streams),
         ("adapter, one stream", ids_only, 1),
     ):
+        stage(f"{name}: warming up, {args.rounds} rounds")
         rates, sizes = [], []
         for lap in range(args.rounds + 1):
             start, cpu = time.perf_counter(), time.process_time()
@@ -209,8 +223,11 @@ def main() -> None:
     parser.add_argument("--options", type=json.loads, default={}, help="further arguments of the engine, JSON")
     parser.add_argument("--side", choices=["offline", "adapter"], help=argparse.SUPPRESS)
     parser.add_argument("--model", help=argparse.SUPPRESS)
+    parser.add_argument("--sides", default="offline,adapter", help="which, separated by commas")
+    parser.add_argument("--limit-s", type=float, default=200, help="of each side, its start included")
     args = parser.parse_args()
     if args.side:
+        args.options = {**quick_start(args), **args.options}
         args.adapter_options = adapter_options(args)
         child(args)
         return
@@ -218,13 +235,41 @@ def main() -> None:
         save_model(Path(folder), TINY if args.tiny else SHAPE)
         print(machine(args.engine), flush=True)
         results: list[dict[str, Any]] = []
-        for side in ("offline", "adapter"):
-            command = [sys.executable, "-m", "bench.engines_gpu", *sys.argv[1:], "--side", side, "--model", folder]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ, check=False)
-            results += [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            if done.returncode:
-                print(f"{side} failed: exit status {done.returncode}", file=sys.stderr)
+        for side in args.sides.split(","):
+            results += run_side(side, folder, args.limit_s)
         table(results, args)
+
+
+def run_side(side: str, folder: str, limit_s: float) -> list[dict[str, Any]]:
+    """What it reports, up to its limit; each of its lines is shown when it comes."""
+    command = [sys.executable, "-m", "bench.engines_gpu", *sys.argv[1:], "--side", side, "--model", folder]
+    began, results = time.monotonic(), []
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    timer = threading.Timer(limit_s, os.killpg, (process.pid, signal.SIGKILL))
+    timer.start()
+    assert process.stdout is not None
+    for line in process.stdout:
+        print(f"[{side} {time.monotonic() - began:5.0f} s] {line.rstrip()}", flush=True)
+        if line.startswith("RESULT "):
+            results.append(json.loads(line[7:]))
+    if status := process.wait():
+        late = time.monotonic() - began >= limit_s
+        print(f"{side} {f'was ended after {limit_s:g} s' if late else f'failed: exit status {status}'}", flush=True)
+    timer.cancel()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # what it may have left behind, and with it the GPU's memory
+    return results
+
+
+def quick_start(args: argparse.Namespace) -> dict[str, Any]:
+    """For both sides of SGLang on a GPU: by default 0.5.17 captures graphs for 36 sizes of decode batches and, piece by
+    piece, for 58 lengths of prefill, before it answers anything. Prefill is no part of what is measured."""
+    import torch
+
+    if args.engine != "sglang" or not torch.cuda.is_available():
+        return {}
+    sizes = sorted({*(size for size in (1, 4, 16, 64, 128, 192, 256) if size < args.streams), args.streams})
+    return {"disable_prefill_cuda_graph": True, "cuda_graph_bs_decode": sizes}
 
 
 def machine(engine: str) -> str:

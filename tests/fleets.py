@@ -132,12 +132,17 @@ class Fleet:
     def close(self) -> None:
         for client in self.clients:
             client.close()
-        for worker in self.workers:
+        self.close_workers()
+
+    def close_workers(self) -> None:
+        """End them all; once."""
+        workers, self.workers = self.workers, []
+        for worker in workers:
             if worker.process.poll() is None:
                 worker.kill_group(signal.SIGCONT)
                 if "COVERAGE_PROCESS_CONFIG" in os.environ:  # only a process that leaves by itself tells what it ran
                     worker.kill_main(signal.SIGTERM)
-        for worker in self.workers:
+        for worker in workers:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 worker.process.wait(10 if "COVERAGE_PROCESS_CONFIG" in os.environ else 0)
             with contextlib.suppress(ProcessLookupError):

@@ -19,6 +19,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     },
     "sglang": {"sglang_maxlen": 1024, "sglang_config": {"max_total_tokens": 4096}},
 }  # fmt: skip
+_ON_GPU = {"vllm": {"vllm_gpu_util": 0.25}, "sglang": {"sglang_mem_fraction": 0.25}}
+"""Three workers share a card in the tests of kills."""
 _CORES = {"vllm": "VLLM::EngineCore", "sglang": "sglang::scheduler"}
 NAME = next((name for name in _OPTIONS if importlib.util.find_spec(name)), None)
 
@@ -28,10 +30,18 @@ needs_one = pytest.mark.skipif(
 )
 
 
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def start(fleet: Fleet) -> Worker:
     """A worker that loads the small model; `wait_ready` when it is to be there."""
     assert NAME is not None
     options = {"model_name_or_path": MODEL, "infer_dtype": "float32", "max_batch_size": 12, **_OPTIONS[NAME]}
+    if has_gpu():
+        options |= {**_ON_GPU[NAME], "infer_dtype": "float32" if NAME == "vllm" else "float16"}
     env = {"TOKENFLEET_MODEL": MODEL, "TOKENFLEET_ENGINE": NAME, "TOKENFLEET_ENGINE_ARGS": json.dumps(options)}
     return fleet.start_worker(wait=False, env=env)
 

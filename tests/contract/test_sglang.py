@@ -32,12 +32,18 @@ HANDLER = logging.NullHandler()
 
 
 def options_of(folder, **others):
+    import torch
+
     from tokenfleet.engines.sglang_engine import SglangOptions
 
     adapters = {name: str(folder / name) for name in "ab" if (folder / name).is_dir()}
+    # SGLang's kernels for a GPU take 16 bits only, its default attention greater heads than the small model's.
+    on_gpu = torch.cuda.is_available()
+    config = {**others.pop("sglang_config", {}), **({"attention_backend": "triton"} if on_gpu else {})}
     return SglangOptions(
-        model_name_or_path=str(folder / "model"), infer_dtype="float32", max_batch_size=4, adapters=adapters, **others
-    )
+        model_name_or_path=str(folder / "model"), infer_dtype="float16" if on_gpu else "float32", max_batch_size=4,
+        adapters=adapters, sglang_config=config, **others,
+    )  # fmt: skip
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -89,7 +95,8 @@ async def test_each_request_is_computed_with_its_own_adapter_in_one_batch(models
         with torch.no_grad():
             logits = model(torch.tensor([[*PROMPT, *ids]])).logits[0, len(PROMPT) - 1 : -1]
         chosen = logits[torch.arange(len(ids)), torch.tensor(ids)]
-        assert bool((chosen >= logits.amax(-1) - 1e-2).all())
+        tolerance = 0.3 if torch.cuda.is_available() else 1e-2  # in float16, of logits beyond 30
+        assert bool((chosen >= logits.amax(-1) - tolerance).all())
 
 
 async def test_an_answer_of_a_grammar_is_whole(models):
@@ -198,7 +205,7 @@ async def test_a_sequence_classifier_scores_and_writes_nothing(tmp_path):
     try:
         with torch.no_grad():
             expected = [model(torch.tensor([ids])).logits[0, 0].item() for ids in texts]
-        assert await engine.score(texts) == pytest.approx(expected, abs=1e-3)
+        assert await engine.score(texts) == pytest.approx(expected, abs=0.1 if torch.cuda.is_available() else 1e-3)
         assert len({round(value, 3) for value in expected}) == 3
         with pytest.raises(InvalidRequest):
             await ids_of(engine)

@@ -11,12 +11,12 @@ import pytest
 from tests.faults.test_real_model import ids_of, prompt_of, teacher_forced
 from tests.faults.trial import Trial, ledger_of
 from tests.fleets import Fleet, Worker, wait_until
-from tests.installed_engine import MODEL, core_of, needs_one, start, wait_ready
+from tests.installed_engine import MODEL, core_of, has_gpu, needs_one, start, wait_ready
 from tests.processes import all_gone
 
 pytestmark = [needs_one, pytest.mark.slow, pytest.mark.timeout(580)]
-TOLERANCE = 2e-3
-"""Of the top logit: an engine's kernels and transformers' add up in another order."""
+CPU_TOLERANCE, GPU_TOLERANCE = 2e-3, 0.5
+"""Of the top logit: an engine's kernels and transformers' add up in another order, on a GPU in TF32 or float16."""
 
 
 def busiest(fleet: Fleet, trial: Trial) -> Worker:
@@ -73,7 +73,7 @@ def test_streams_survive_the_engines_process_and_its_worker(fleet: Fleet) -> Non
             assert len(ids) == 250
             logits = teacher_forced(torch, model, prompt_of(fleet, reading.job), ids)
             chosen = logits[torch.arange(250), torch.tensor(ids)]
-            assert float((logits.max(dim=-1).values - chosen).max()) < TOLERANCE
+            assert float((logits.max(dim=-1).values - chosen).max()) < (GPU_TOLERANCE if has_gpu() else CPU_TOLERANCE)
 
 
 def ledger_of_dead(fleet: Fleet, trial: Trial, victim: Worker) -> bool:
