@@ -8,6 +8,7 @@ from contextlib import aclosing, asynccontextmanager
 import pytest
 
 from tests.contract.reference import log_softmax
+from tests.plain_models import plain_model
 from tokenfleet.engines.base import Sequence
 from tokenfleet.wire.chat import GenerationParams
 
@@ -43,9 +44,6 @@ async def loaded(engine, **options):
 async def answer(engine):
     """(its text, its mean log-probability by the plain model in float32)"""
     import torch
-    import transformers as hf
-
-    from tokenfleet.engines import models
 
     tokenizer = engine.tokenizer
     prompt = tuple(tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=False))
@@ -53,7 +51,7 @@ async def answer(engine):
     sequence = Sequence("s", prompt, params, 16, eos_ids=frozenset({tokenizer.eos_token_id}))
     async with aclosing(engine.generate(sequence)) as chunks:
         ids = [token async for chunk in chunks for token in chunk.ids]
-    plain = hf.AutoModelForCausalLM.from_pretrained(models.resolve(MODEL), dtype=torch.float32).eval()
+    plain = plain_model(MODEL)
     with torch.no_grad():
         logits = plain(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].double().numpy()
     chosen = [float(log_softmax(row)[token]) for row, token in zip(logits, ids, strict=True)]
