@@ -113,6 +113,8 @@ class Stored:
     request: bytes
     shown: bytes
     options: JobOptions
+    submitted_ms: int
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,13 +340,15 @@ class Ledger:
         if not is_id(job_id):
             return None
         async with translated():
-            model, state, request, shown, options = await self._db.hmget(
-                self.keys.job(job_id), "model", "state", "request", "shown", "options"
+            model, state, request, shown, options, submitted_ms, epoch = await self._db.hmget(
+                self.keys.job(job_id), "model", "state", "request", "shown", "options", "submitted_ms", "epoch"
             )
         if state is None:
             return None
         told = JobOptions.model_validate_json(options or b"{}")
-        return Stored(model.decode(), cast("State", state.decode()), request, shown or b"", told)
+        return Stored(
+            model.decode(), cast("State", state.decode()), request, shown or b"", told, int(submitted_ms), int(epoch)
+        )
 
     async def forget(self, job_id: str) -> bool:
         """Delete an ended job, log and all. False: it has not ended. Raises `FleetUnavailable`."""

@@ -63,11 +63,17 @@ async def create(request: Request) -> Response:
 
 @router.get("/{response_id}")
 async def retrieve(request: Request, response_id: str, stream: bool = False, starting_after: int = -1) -> Response:
-    """As it is now; or its events, from any ``sequence_number`` on, followed until it ends."""
-    job, asked, _ = await _found(request, response_id)
+    """As it is now; or its events, from any ``sequence_number`` on, followed until it ends.
+
+    Until it has ended its output is told by its stream only: who polls costs no reading of a log."""
+    job, asked, stored = await _found(request, response_id)
     fold = ResponseFold(response_id, job.id, asked)
     if not stream:
-        await _read(request.app.state.client, fold)
+        if stored.state in ("queued", "running"):
+            is_queued = asked.background and not stored.epoch
+            fold.created, fold.status = stored.submitted_ms // 1000, "queued" if is_queued else "in_progress"
+        else:
+            await _read(request.app.state.client, fold)
         return _json(fold.response)
     frames = Frames(fold, last_event_id(request), starting_after)
     source = Source(job, frames.frame, Observed.nothing())

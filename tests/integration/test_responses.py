@@ -199,6 +199,25 @@ def test_in_the_background_polled_and_resumed_at_every_number(gateway: Gateway, 
     assert streamed[0]["sequence_number"] == 11
 
 
+def test_polls_of_a_running_response_read_no_log(served: Fleet, client: openai.OpenAI) -> None:
+    made = client.responses.create(model=MODEL, input="Go on.", max_output_tokens=5000, background=True)
+    running = wait_until(lambda: (r := client.responses.retrieve(made.id)).status == "in_progress" and r, 20)
+    redis, log = served.redis.client(), f"tokenfleet:{served.redis.fleet}:log:{uuid.UUID(made.id[5:])}"
+    wait_until(lambda: redis.xlen(log) > 20, 20)
+
+    def reads() -> int:
+        return int(redis.info("commandstats").get("cmdstat_xrange", {"calls": 0})["calls"])
+
+    before = reads()
+    for _ in range(10):
+        polled = client.responses.retrieve(made.id)
+        assert (polled.status, polled.output, polled.created_at) == ("in_progress", [], running.created_at)
+    assert reads() == before
+    cancelled = client.responses.cancel(made.id)
+    assert cancelled.output_text
+    assert client.responses.retrieve(made.id) == cancelled
+
+
 def test_cancel_and_delete(client: openai.OpenAI) -> None:
     running = client.responses.create(model=MODEL, input="Go on.", max_output_tokens=5000, background=True)
     cancelled = client.responses.cancel(running.id)
