@@ -114,6 +114,24 @@ def test_other_endpoints(client: openai.OpenAI, url: str, body: dict[str, Any]) 
     assert batch.usage.output_tokens > 0
 
 
+def test_scores_are_a_batch_too(client: openai.OpenAI) -> None:
+    url = "/v1/score/evaluation"
+    rows = [
+        {"custom_id": f"r{k}", "method": "POST", "url": url, "body": {"model": MODEL, "messages": [f"Text {k}", "b"]}}
+        for k in range(3)
+    ]
+    rows[1]["body"]["messages"] = []
+    batch = ended(client, create(client, rows, endpoint=url).id)
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (2, 1)
+    good, bad = rows_of(client, batch.output_file_id), rows_of(client, batch.error_file_id)
+    assert set(bad) == {"r1"}
+    for custom_id, line in good.items():
+        asked = next(row["body"] for row in rows if row["custom_id"] == custom_id)
+        direct: Any = client.post("/score/evaluation", body=asked, cast_to=object)
+        assert line["response"]["body"]["scores"] == direct["scores"]
+        assert len(direct["scores"]) == 2
+
+
 @pytest.mark.parametrize(
     ("lines", "code"),
     [

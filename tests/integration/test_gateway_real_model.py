@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -16,6 +17,7 @@ from pydantic import BaseModel
 
 from tests.fleets import ROOT, Fleet
 from tests.gateways import start_gateway
+from tests.integration.test_gateway_batches import create, ended, rows_of
 from tests.servers import RedisServer, new_fleet_name
 
 MODEL = "smollm2-135m-instruct"
@@ -26,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")
-def url(_session_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def real_fleet(_session_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     pytest.importorskip("torch")
     fleet = Fleet(RedisServer(_session_server, new_fleet_name()), tmp_path_factory.mktemp("fleet"))
     real = {
@@ -35,10 +37,15 @@ def url(_session_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Itera
         "TOKENFLEET_ENGINE_ARGS": json.dumps({"model_name_or_path": MODEL, "threads": 1, "max_batch_size": 4}),
     }
     fleet.start_worker(env=real)
-    gateway = start_gateway(fleet)
+    yield fleet
+    fleet.close()
+
+
+@pytest.fixture(scope="module")
+def url(real_fleet: Fleet) -> Iterator[str]:
+    gateway = start_gateway(real_fleet)
     yield f"{gateway.url}/v1"
     gateway.close()
-    fleet.close()
 
 
 @pytest.fixture
@@ -134,3 +141,29 @@ def test_a_tool_must_be_called_with_its_own_arguments(client: openai.OpenAI, cho
     [called] = answer.message.tool_calls
     assert called.function.name == "weather"
     assert json.loads(called.function.arguments)["city"] in ("Paris", "Rome")
+
+
+def test_a_batch_of_a_reward_models_scores(real_fleet: Fleet, client: openai.OpenAI, tmp_path: Path) -> None:
+    """A small Llama with a value head; what it must say is computed beside it, of the ids that its worker tells."""
+    from tests.contract import small_models
+
+    expected = small_models.save_value_head(small_models.save("llama", tmp_path / "m"), tmp_path / "m", "safetensors")
+    options = {"model_name_or_path": str(tmp_path / "m"), "threads": 1}
+    env = {"TOKENFLEET_ENGINE": "transformers", "TOKENFLEET_ENGINE_ARGS": json.dumps(options)}
+    real_fleet.start_worker(env={"TOKENFLEET_MODEL": "reward", **env})
+    rows = [
+        {"custom_id": f"r{k}", "method": "POST", "url": "/v1/score/evaluation",
+         "body": {"model": "reward" if k else MODEL, "messages": [f"Text {k}.", "Another, longer one."]}}
+        for k in range(20)
+    ]  # fmt: skip
+    batch = ended(client, create(client, rows, endpoint="/v1/score/evaluation").id)
+    assert (batch.request_counts.completed, batch.request_counts.failed) == (19, 1)
+    assert rows_of(client, batch.error_file_id)["r0"]["response"]["status_code"] == 400  # no reward model
+    for custom_id, line in rows_of(client, batch.output_file_id).items():
+        texts = [f"Text {custom_id[1:]}.", "Another, longer one."]
+        asked = [{"model": "reward", "prompt": text} for text in texts]
+        ids = [
+            client.post(str(client.base_url).removesuffix("/v1/") + "/tokenize", body=each, cast_to=object)["tokens"]
+            for each in asked
+        ]  # type: ignore[index]
+        assert line["response"]["body"]["scores"] == pytest.approx([expected(each) for each in ids], abs=1e-4)
