@@ -64,7 +64,8 @@ MUTANTS = [
     ),
     Mutant(
         "gap-not-filled", "gaps of the channel are filled from the log", "producer/collector.py",
-        "self._read_log = True  # a gap: the log has what is missing", "pass",
+        "self._read_log = True  # a gap: the log has what is missing",
+        "expected = seq  # go on behind it\n                    continue",
         faults("readers.py::test_dropped_messages_are_read_from_the_log_at_once"),
     ),
     Mutant(
@@ -101,6 +102,11 @@ MUTANTS = [
         "leases-never-lapse", "a dead or frozen worker's jobs go to others", "wire/lua/reap.lua",
         "local r, p = bury(wid)", "local r, p = 0, 0",
         faults("fencing.py::test_a_frozen_worker_that_comes_back_is_fenced"),
+    ),
+    Mutant(
+        "orphans-left", "ten seconds later nothing of a dead worker is left", "workers/guardian.py",
+        "    watch.kill_what_is_left()\n", "    pass\n",
+        faults("engine_faults.py::test_ten_seconds_later_nothing_of_a_dead_worker_is_left"),
     ),
     Mutant(
         "lost-by-age", "a backlog is no loss", "wire/lua/reap.lua",

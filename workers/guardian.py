@@ -175,9 +175,9 @@ def main() -> None:
         import tokenfleet.wire.urls  # noqa: F401
 
         watch.wait()
+    watch.kill_what_is_left()  # first: Redis may be away, too
     if watch.worker_id:
         _bury(redis_url, fleet, watch.worker_id)
-    watch.kill_what_is_left()
 
 
 if __name__ == "__main__":

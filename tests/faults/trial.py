@@ -18,6 +18,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -36,8 +37,8 @@ from tokenfleet.wire.events import AnyEvent, Delta, Started, encode
 class History:
     """One append-only file of JSON lines."""
 
-    def __init__(self, fleet: Fleet, name: str) -> None:
-        self._file = (fleet.folder / f"history-{name}.jsonl").open("ab", buffering=0)
+    def __init__(self, folder: Path, name: str) -> None:
+        self._file = (folder / f"history-{name}.jsonl").open("ab", buffering=0)
 
     def note(self, kind: str, **fields: Any) -> None:
         self._file.write(msgspec.json.encode({"kind": kind, "t": time.monotonic(), **fields}) + b"\n")
@@ -85,7 +86,7 @@ class Trial:
     def __init__(self, fleet: Fleet, *, client: Client | None = None) -> None:
         self.fleet = fleet
         self.client = client or fleet.client()
-        self.history = History(fleet, f"{len(fleet.clients)}-{time.monotonic_ns()}")
+        self.history = History(fleet.folder, f"{len(fleet.clients)}-{time.monotonic_ns()}")
         self.readings: list[Reading] = []
 
     def __enter__(self) -> Self:
