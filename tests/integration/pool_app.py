@@ -289,8 +289,8 @@ async def child_quits() -> int:
 
 
 @app.task
-async def engine_died(is_cold: bool) -> None:
-    AsyncioPool.current().stop_worker("the engine died", 70, is_cold=is_cold)
+async def engine_died(is_cold: bool, within_s: float | None = None) -> None:
+    AsyncioPool.current().stop_worker("the engine died", 70, is_cold=is_cold, within_s=within_s)
 
 
 @app.task

@@ -493,6 +493,15 @@ def test_a_worker_whose_engine_died_stops_with_its_status(start_pool_worker: Sta
     assert worker.queued() == (1 if is_cold else 0)
 
 
+def test_what_hangs_does_not_keep_a_worker_whose_engine_died(start_pool_worker: StartWorker) -> None:
+    worker = start_pool_worker()
+    worker.send("wait", "x")  # a task that would go on for ever
+    worker.hears("started x")
+    worker.send("engine_died", False, 1.0)
+    assert worker.exits() not in (0, None)
+    assert worker.held() == 1, "not acknowledged: it will come again"
+
+
 def test_a_worker_whose_loop_ended_does_not_linger(start_pool_worker: StartWorker) -> None:
     worker = start_pool_worker()
     worker.send("cancel_everything")
