@@ -1,10 +1,11 @@
 """What HTTP costs over the fleet's own client: latency, gaps, rate and CPU, all sides in one run.
 
-    python -m bench.gateway [--loads 1x5,32x5,…] [--litellm PYTHON] [--json FILE]
+    python -m bench.gateway [--loads 1x5,32x5,…] [--litellm PYTHON | --vllm PYTHON] [--json FILE]
 
 A load is streams x milliseconds a token. Sides: the fleet's Python client; the gateway before the same fleet; a bare
 FastAPI application with the same scripted engine in its process (the floor of HTTP in Python); and, with
-``--litellm``, LiteLLM's proxy (of that interpreter's environment) before that application. Jobs start on a fixed
+``--litellm``, LiteLLM's proxy (of that interpreter's environment) before that application. ``--vllm PYTHON`` measures
+``vllm serve`` and the gateway with a vLLM worker instead, both of that interpreter's environment. Jobs start on a fixed
 schedule, latencies count from the *scheduled* time. A gap is the time between deliveries to the client: a delivery may
 hold several tokens, if they were late. All clients here run on uvloop.
 """
@@ -28,6 +29,7 @@ from typing import Any, TypeVar
 
 import uvloop
 
+from bench import gateway_vllm
 from bench.gateway_sides import Side, free_port, http_client, measured, running
 from bench.overhead import Load, engine_options
 from tokenfleet import AsyncClient
@@ -125,24 +127,37 @@ def told(load: Load, sides: dict[str, Side]) -> dict[str, object]:
     return {"load": asdict(load), **{label: asdict(side) for label, side in sides.items()}}
 
 
+def _keep(report: dict[str, dict[str, object]], path: Path | None) -> None:
+    if path is not None:
+        path.write_text(json.dumps(report, indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--loads", default=DEFAULT, help="Streams x ms a token, comma-separated.")
     parser.add_argument("--litellm", metavar="PYTHON", help="An interpreter whose environment has litellm[proxy].")
     parser.add_argument("--without-floor", action="store_true", help="The fleet's two sides only.")
+    parser.add_argument("--vllm", metavar="PYTHON", help="An interpreter whose environment has tokenfleet and vLLM.")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, "
           f"Python {platform.python_version()}")  # fmt: skip
     report: dict[str, dict[str, object]] = {}
-    for name in args.loads.split(","):
+    if args.vllm:
+        python, streams = gateway_vllm.check(args.vllm), list(gateway_vllm.LOADS)
+        served = on_uvloop(gateway_vllm.vllm_sides(python, streams))
+        fleet = on_uvloop(gateway_vllm.gateway_sides(python, streams))
+        for k in streams:
+            report[str(k)] = told(gateway_vllm.LOADS[k], {"vllm serve": served[k], "gateway": fleet[k]})
+        _keep(report, args.json)
+        args.loads = ""
+    for name in filter(None, args.loads.split(",")):
         load = load_of(name)
         sides = on_uvloop(fleet_sides(load))
         if not args.without_floor:
             sides |= on_uvloop(floor_sides(load, args.litellm))
         report[name] = told(load, sides)
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1))
+        _keep(report, args.json)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -30,13 +31,19 @@ _CONTENT = re.compile(rb'"content": ?"(?!")')
 @dataclass
 class Side:
     figures: Figures
+    gap_p99_all_ms: float
+    """Of the time in which all streams ran: no job began or ended. The same as ``gap_p99_ms`` for several jobs each."""
     tokens_a_delivery: float
+    tokens_s: float
+    """Of all streams together, from the first job's scheduled start to the last one's end."""
     cpu_us: dict[str, float]
     """Per token, by process."""
 
     def __str__(self) -> str:
         cpu = ", ".join(f"{name} {us}" for name, us in self.cpu_us.items())
-        return f"{self.figures}  {self.tokens_a_delivery} tokens a delivery; us/token: {cpu}"
+        steady = f"gap p99 while all ran {self.gap_p99_all_ms}"
+        rate = f"{self.tokens_a_delivery} tokens a delivery, {self.tokens_s} tokens/s"
+        return f"{self.figures}, {steady}, {rate}; us/token: {cpu}"
 
 
 class _Chat(asyncio.Protocol):
@@ -92,12 +99,26 @@ async def measured(load: Load, one: One, processes: Mapping[str, list[int]]) -> 
     def used() -> list[float]:
         return [sum(map(cpu_s, each)) for each in pids.values()]
 
-    before = used()
-    jobs = await paced(load, one)
-    after = used()
+    async def kept(prompt: str, scheduled: float) -> list[float]:
+        seen.append(await one(prompt, scheduled))
+        return seen[-1]
+
+    seen: list[list[float]] = []
+    before, began = used(), time.perf_counter()
+    jobs = await paced(load, kept)
+    after, took_s = used(), time.perf_counter() - began
     tokens = load.streams * load.jobs * load.tokens
     us = [round((b - a) * 1e6 / tokens, 1) for a, b in zip(before, after, strict=True)]
-    return Side(figures(load, jobs), round(tokens / sum(map(len, jobs)), 2), dict(zip(pids, us, strict=True)))
+    a_delivery = round(tokens / sum(map(len, jobs)), 2)
+    told = figures(load, jobs)
+    steady_ms = _steady_gap_p99_ms(seen) if load.jobs == 1 else told.gap_p99_ms
+    return Side(told, steady_ms, a_delivery, round(tokens / took_s, 1), dict(zip(pids, us, strict=True)))
+
+
+def _steady_gap_p99_ms(arrivals: list[list[float]]) -> float:
+    begin, end = max(each[0] for each in arrivals), min(each[-1] for each in arrivals)
+    gaps = sorted(b - a for each in arrivals for a, b in itertools.pairwise(each) if begin < a and b < end)
+    return round(gaps[int(len(gaps) * 0.99)] * 1000, 3) if gaps else 0.0
 
 
 def free_port() -> int:

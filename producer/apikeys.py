@@ -18,6 +18,7 @@ from tokenfleet.wire.errors import InvalidRequest, Unauthorized
 from tokenfleet.wire.keys import Keys
 
 _CACHE_S = 2.0
+_MOST_REMEMBERED = 1000
 
 
 class ApiKey(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -48,6 +49,7 @@ class KeyStore:
         self._always = always
         self._name = f"{keys.prefix}apikeys"
         self._known: dict[str, tuple[float, ApiKey]] = {}
+        self._no_keys: dict[str, float] = {}  # what was sent while there were no keys at all; none of it becomes one
         self._has_any = (0.0, False)
 
     async def create(self, tenant: str, note: str = "") -> tuple[str, ApiKey]:
@@ -82,6 +84,8 @@ class KeyStore:
         scheme, _, secret = (authorization or "").partition(" ")
         if scheme.lower() == "bearer" and secret:
             digest = _hash(secret.strip())
+            if time.monotonic() - self._no_keys.get(digest, 0.0) < _CACHE_S:
+                return ""
             checked, known = self._known.get(digest, (0.0, None))
             if known is None or time.monotonic() - checked > _CACHE_S:
                 value = await self._client.hget(self._name, digest)
@@ -89,6 +93,9 @@ class KeyStore:
                 if value is None:
                     if self._always or await self.has_any():
                         raise Unauthorized("This API key is not valid.", hint="`tokenfleet keys create` makes one.")
+                    if len(self._no_keys) > _MOST_REMEMBERED:
+                        self._no_keys.clear()
+                    self._no_keys[digest] = self._has_any[0]
                     return ""
                 known = msgspec.json.decode(value, type=ApiKey)
                 self._known[digest] = (time.monotonic(), known)

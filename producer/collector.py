@@ -257,14 +257,13 @@ class Collector:
                 if self._pubsub.connection is None:  # the first subscription met a Redis that was away
                     raise RedisConnectionError
                 message = await self._pubsub.get_message(timeout=SILENCE_S)
+                if message is not None:
+                    self._dispatch(message["type"], message["channel"], message["data"])
+                    await self._dispatch_buffered()
             except (RedisError, OSError) as error:
                 log.info("channels: %s; reconnecting", type(error).__name__)
                 await asyncio.sleep(0.2)
                 await self._resubscribe()
-                continue
-            if message is not None:
-                self._dispatch(message["type"], message["channel"], message["data"])
-                await self._dispatch_buffered()
 
     async def _dispatch_buffered(self) -> None:
         """What came with that message: redis-py's way to one takes longer than all the rest of a message's here."""
