@@ -41,6 +41,25 @@ _WORK = (chat, responses, models)
 """What a row of a batch may ask for, too."""
 
 
+def key_store(client: AsyncClient, settings: GatewaySettings) -> KeyStore:
+    return KeyStore(client.ledger.client, client.keys, always=_needs_keys(settings))
+
+
+async def check(client: AsyncClient, settings: GatewaySettings) -> None:
+    """Raises `FleetUnavailable` for a Redis that can't hold a fleet, `ConfigurationError` for a public address without
+    keys."""
+    await client.check()
+    if _needs_keys(settings) and not await key_store(client, settings).has_any():
+        raise ConfigurationError(
+            f"The gateway does not serve on {settings.host} without API keys.",
+            hint="Make one: `tokenfleet keys create NAME`.",
+        )
+
+
+def _needs_keys(settings: GatewaySettings) -> bool:
+    return not settings.is_loopback and not settings.allow_no_keys
+
+
 def create_app(settings: GatewaySettings) -> FastAPI:
     """The application for any ASGI server. Its start raises `ConfigurationError` for a public address without keys."""
 
@@ -49,17 +68,11 @@ def create_app(settings: GatewaySettings) -> FastAPI:
         media = MediaSettings(folder=settings.media_folder, max_bytes=settings.max_media_bytes)
         client = AsyncClient(settings.redis_url, fleet=settings.fleet, max_queued=settings.max_queued, media=media)
         app.state.client = client
-        needs_keys = not settings.is_loopback and not settings.allow_no_keys
-        app.state.keys = KeyStore(client.ledger.client, client.keys, always=needs_keys)
+        app.state.keys = key_store(client, settings)
         app.state.tenants = Tenants(client.ledger.client, client.keys)
         app.state.settings = settings
         try:
-            await client.check()
-            if needs_keys and not await app.state.keys.has_any():
-                raise ConfigurationError(
-                    f"The gateway does not serve on {settings.host} without API keys.",
-                    hint="Make one: `tokenfleet keys create NAME`.",
-                )
+            await check(client, settings)
             async with _batches(app, client, settings, media):
                 yield
         finally:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from typing import Any
 
 from tokenfleet.producer.gateway.constraints import CONSTRAINTS, constraint_of
@@ -55,7 +56,8 @@ def from_chat_body(
         named |= {"logprobs": body["logprobs"], "top_logprobs": body.get("top_logprobs") or 0}
     elif body.get("top_logprobs"):
         raise InvalidRequest("top_logprobs needs logprobs: true.", param="top_logprobs")
-    return chat_request([message_of(m, k, settings) for k, m in enumerate(messages)], named)
+    with in_callers_words(body):
+        return chat_request([message_of(m, k, settings) for k, m in enumerate(messages)], named)
 
 
 def from_completion_body(
@@ -76,7 +78,31 @@ def from_completion_body(
     named["max_new_tokens"] = 16 if body.get("max_tokens") is None else body["max_tokens"]  # OpenAI's default here
     if body.get("logprobs") is not None:
         named |= {"logprobs": True, "top_logprobs": body["logprobs"]}
-    return [chat_request((), {**named, "prompt": p if isinstance(p, str) else tuple(p or ())}) for p in prompts]
+    with in_callers_words(body):
+        return [chat_request((), {**named, "prompt": p if isinstance(p, str) else tuple(p or ())}) for p in prompts]
+
+
+_OUR_WORDS = {
+    "max_new_tokens": ("max_output_tokens", "max_completion_tokens", "max_tokens"),
+    "template_kwargs": ("chat_template_kwargs",),
+}
+
+
+@contextmanager
+def in_callers_words(body: Mapping[str, Any]) -> Iterator[None]:
+    """A refusal names the field as ``body`` does."""
+    try:
+        yield
+    except InvalidRequest as error:
+        param = str(error.details.get("param", ""))
+        ours = param.partition(".")[0]
+        theirs = next((name for name in _OUR_WORDS.get(ours, ()) if body.get(name) is not None), ours)
+        if theirs == ours:
+            raise
+        more = {**error.details, "param": theirs + param.removeprefix(ours)}
+        raise InvalidRequest(
+            error.message.replace(ours, theirs, 1), code=error.code, hint=error.hint, **more
+        ) from error
 
 
 def check_fields(body: Mapping[str, Any], known: Set[str], settings: GatewaySettings) -> None:

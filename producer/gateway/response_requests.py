@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenfleet.producer.gateway import chat_requests
-from tokenfleet.producer.gateway.chat_requests import check_fields, is_thinking_wanted, named_of
+from tokenfleet.producer.gateway.chat_requests import check_fields, in_callers_words, is_thinking_wanted, named_of
 from tokenfleet.producer.gateway.response_items import Shown
 from tokenfleet.producer.gateway.settings import GatewaySettings
 from tokenfleet.wire.chat import ChatRequest, Message
@@ -81,7 +81,8 @@ def from_response_body(
     if _includes_logprobs(body) or body.get("top_logprobs"):
         named |= {"logprobs": True, "top_logprobs": body.get("top_logprobs") or 0}
     own = [chat_requests.message_of(message, k, settings) for k, message in enumerate(messages)]
-    return chat_request(_with_instructions([*earlier, *own], body.get("instructions")), named)
+    with in_callers_words(body):
+        return chat_request(_with_instructions([*earlier, *own], body.get("instructions")), named)
 
 
 def without_instructions(messages: Sequence[Message], instructions: str | None) -> list[Message]:

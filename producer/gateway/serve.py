@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import tempfile
 
 import uvicorn
 
+from tokenfleet.producer.aio import AsyncClient
 from tokenfleet.producer.gateway import metrics
-from tokenfleet.producer.gateway.app import create_app
+from tokenfleet.producer.gateway.app import check, create_app
 from tokenfleet.producer.gateway.head import LimitedHead
-from tokenfleet.producer.gateway.settings import GatewaySettings
+from tokenfleet.producer.gateway.settings import GatewaySettings, settings_from_environment
 
 
 def make() -> object:
     """uvicorn's factory: settings come from the environment, in each process."""
-    return create_app(GatewaySettings())
+    return create_app(settings_from_environment())
+
+
+def refuse_wrong_settings() -> None:
+    """Before uvicorn, which would show a traceback. Raises what `create_app`'s start raises, and `ConfigurationError`
+    for variables that are not valid."""
+    settings = settings_from_environment()
+
+    async def look() -> None:
+        async with AsyncClient(settings.redis_url, fleet=settings.fleet) as client:
+            await check(client, settings)
+
+    asyncio.run(look())
 
 
 def main() -> None:
-    settings = GatewaySettings()
+    settings = settings_from_environment()
     if settings.processes == 1:
         _run(settings)
         return

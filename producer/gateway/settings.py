@@ -6,8 +6,10 @@ import ipaddress
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+
+from tokenfleet.wire.errors import ConfigurationError
 
 
 class GatewaySettings(BaseSettings):
@@ -79,3 +81,15 @@ class GatewaySettings(BaseSettings):
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return self.host == "localhost"
+
+
+def settings_from_environment() -> GatewaySettings:
+    """Raises `ConfigurationError` that names the variable."""
+    try:
+        return GatewaySettings()
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        name = "_".join(str(part) for part in first["loc"][:1]).upper()
+        raise ConfigurationError(f"TOKENFLEET_GATEWAY_{name}: {first['msg']}.", hint="See docs/settings.md.") from error
+    except SettingsError as error:  # a list that is no JSON
+        raise ConfigurationError(f"Settings can't be read: {error}.", hint="See docs/settings.md.") from error

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 import openai
 import pytest
 
-from tests.fleets import MODEL, Fleet, wait_until
+from tests.fleets import MODEL, ROOT, Fleet, wait_until
 from tests.gateways import Gateway, start_gateway
 
 MESSAGES: list = [{"role": "user", "content": "Say something."}]
@@ -206,3 +210,37 @@ def test_no_public_address_without_keys(fleet: Fleet) -> None:
         assert gateway.process.wait(20) != 0
     finally:
         gateway.close()
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "said"),
+    [
+        (["--host", "0.0.0.0"], {}, "The gateway does not serve on 0.0.0.0 without API keys."),
+        ([], {"TOKENFLEET_GATEWAY_RETENTION_S": "-1"}, "TOKENFLEET_GATEWAY_RETENTION_S: "),
+        ([], {"TOKENFLEET_GATEWAY_FETCH_ALLOWED_NETWORKS": "10.0.0.0/8"}, "Settings can't be read: "),
+    ],
+)
+def test_a_gateway_that_can_not_start_says_why_in_one_line(
+    served: Fleet, words: list[str], env: dict[str, str], said: str
+) -> None:
+    where = ["--redis-url", served.redis.url, "--fleet", served.redis.fleet]
+    command = [sys.executable, "-m", "tokenfleet", "serve", *where, *words]
+    done = subprocess.run(command, env={**os.environ, **env}, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"error [configuration_error]: {said}")
+
+
+def test_a_refusal_names_the_field_as_the_caller_did(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": MODEL, "messages": MESSAGES}
+    calls = {
+        "max_tokens": lambda: client.chat.completions.create(**asked, max_tokens=-5),
+        "max_completion_tokens": lambda: client.chat.completions.create(**asked, max_completion_tokens=-5),
+        "max_output_tokens": lambda: client.responses.create(model=MODEL, input="Hi!", max_output_tokens=-5),
+        "temperature": lambda: client.chat.completions.create(**asked, temperature=-5),
+    }
+    for name, call in calls.items():
+        with pytest.raises(openai.BadRequestError) as caught:
+            call()
+        assert caught.value.param == name
+        assert f" {name}: " in caught.value.body["message"]

@@ -34,6 +34,7 @@ def command(redis_url: str | None, fleet: str, host: str, port: int, processes: 
     if folder is not None:
         os.environ.setdefault("TOKENFLEET_GATEWAY_MEDIA_FOLDER", str(folder))
     os.environ.update({f"TOKENFLEET_GATEWAY_{key}": value for key, value in given.items()})
+    serve.refuse_wrong_settings()
     note(f"OpenAI's API on http://{host}:{port}/v1")
     serve.main()
 
