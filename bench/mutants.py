@@ -105,7 +105,7 @@ MUTANTS = [
     ),
     Mutant(
         "orphans-left", "ten seconds later nothing of a dead worker is left", "workers/guardian.py",
-        "    watch.kill_what_is_left()\n", "    pass\n",
+        "    watch.kill_what_is_left()  # first", "    pass  # first",
         faults("engine_faults.py::test_ten_seconds_later_nothing_of_a_dead_worker_is_left"),
     ),
     Mutant(
