@@ -7,6 +7,7 @@ the inbox; tokens leave once per pass over all sequences, by one ``deliver`` cal
 from __future__ import annotations
 
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -94,6 +95,8 @@ class EngineLoop:
                 try:
                     self._step()
                 except Exception as error:  # noqa: BLE001  # the outermost frame of a step: the thread must live on
+                    # It goes on to whoever asked: it must not take the pass's tensors along, others want the memory.
+                    traceback.clear_frames(error.__traceback__)
                     self._survive(error)
                 self._count()
                 self._hand_out()

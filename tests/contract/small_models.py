@@ -75,6 +75,14 @@ def save_wide(folder: Path):
     return _saved(hf.LlamaForCausalLM(config).eval().float(), folder)
 
 
+def save_large_cache(folder: Path):
+    """A small Llama whose KV cache takes 32 KiB a token."""
+    torch.manual_seed(3)
+    wide = {"num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 64}
+    config = hf.LlamaConfig(**{**_SIZE, **wide, "max_position_embeddings": 4096}, tie_word_embeddings=False)
+    return _saved(hf.LlamaForCausalLM(config).eval().float(), folder)
+
+
 def save_stateful(folder: Path):
     config = hf.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=4)
     return _saved(hf.MambaForCausalLM(config), folder)

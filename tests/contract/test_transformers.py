@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 import time
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import replace
 
+import psutil
 import pytest
 import pytest_asyncio
 
@@ -351,6 +353,36 @@ async def test_for_want_of_memory_the_largest_request_fails_and_the_others_go_on
         assert (type(large), large.code) == (EngineError, "out_of_memory")
         for each, (ids, _) in ((wanted[0], small), (wanted[2], other)):
             assert len(ids) == each.max_new_tokens
+            assert_best(model, each.prompt_ids, ids)
+        await engine.check()
+
+
+@contextmanager
+def at_most_more_memory(limit_bytes):
+    """This process gets no more address space than that."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + limit_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+async def test_a_request_that_finds_no_memory_fails_alone_and_gives_back_what_it_had(tmp_path):
+    """The allocator's own refusal: with the long row all sixteen would take half a gigabyte, in eight pieces."""
+    model = small_models.save_large_cache(tmp_path)
+    async with started(tmp_path, max_batch_size=16, kv_budget_tokens=200_000) as engine:
+        good = [sequence(prompt(10 + i, i), new=30, **GREEDY) for i in range(14)]
+        tasks = [asyncio.create_task(answer(engine, each)) for each in good]
+        await until(lambda: engine.running == 14)
+        with at_most_more_memory(280 << 20):
+            with pytest.raises(EngineError) as failed:
+                await answer(engine, sequence(prompt(1000), new=8, **GREEDY))
+            results = await asyncio.gather(*tasks)
+        assert failed.value.code == "out_of_memory"
+        assert "allocate memory" in str(failed.value.__cause__)
+        for each, (ids, _) in zip(good, results, strict=True):
+            assert len(ids) == 30
             assert_best(model, each.prompt_ids, ids)
         await engine.check()
 
