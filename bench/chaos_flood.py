@@ -41,7 +41,7 @@ def flood(scale: Scale, seed: int) -> Row:
         row = judged(run, f"flood of {scale.flood:,} jobs from {PRODUCERS} producers, one kill", seed, scale.flood)
         answered = f"{len(taken)} taken, {len(lines) - len(taken)} refused in {took_s:.1f} s"
         whole_s = time.monotonic() - started
-        row.notes = row.notes or f"{answered}; {PRODUCERS} producers; all read to their ends after {whole_s:.0f} s"
+        row.notes = row.notes or f"{answered}; all read to their ends after {whole_s:.0f} s"
         return row
 
 
