@@ -1,6 +1,6 @@
 """What a model reads where a medium stands: its own token, as often as the medium has features.
 
-The repeated text comes from the model's processor (`engines/transformers_engine/processing.py`); engines that expand
+The repeated text comes from the model's processor (`engines/media/processing.py`); engines that expand
 prompts themselves (vLLM, SGLang) get the token once. Named templates frame it as LLaMA-Factory's plugins do.
 """
 

@@ -18,6 +18,7 @@ from tokenfleet.engines.base import EngineInfo, Sequence, TokenChunk
 from tokenfleet.engines.checks import already_over, check_sequence, check_texts
 from tokenfleet.engines.grammar import GrammarCompiler
 from tokenfleet.engines.mailbox import Mailbox
+from tokenfleet.engines.media.processing import MediaProcessor
 from tokenfleet.engines.stopping import ending_ids
 from tokenfleet.engines.transformers_engine.batch import MediaInputs, PromptPass, Row
 from tokenfleet.engines.transformers_engine.beams import SearchRow, check_search
@@ -25,7 +26,6 @@ from tokenfleet.engines.transformers_engine.kv import BatchCache
 from tokenfleet.engines.transformers_engine.loading import LoadedModel, load
 from tokenfleet.engines.transformers_engine.loop import Deliveries, EngineLoop
 from tokenfleet.engines.transformers_engine.options import TransformersOptions
-from tokenfleet.engines.transformers_engine.processing import MediaProcessor
 from tokenfleet.engines.transformers_engine.sampling import SamplingState
 from tokenfleet.engines.transformers_engine.scoring import ScoreWork
 from tokenfleet.wire.errors import ConfigurationError, EngineDead, EngineError

@@ -16,6 +16,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from tokenfleet.engines.folders import Folders
+from tokenfleet.engines.media.positions import go_on_after_videos
+from tokenfleet.engines.media.processing import MediaProcessor, Prepared, load_processor
 from tokenfleet.engines.rewards import RewardHead, classifier_head, find_value_head, no_rewards
 from tokenfleet.engines.rope import scaled
 from tokenfleet.engines.transformers_engine.adapters import AdapterChoice, merge
@@ -24,7 +26,6 @@ from tokenfleet.engines.transformers_engine.batch import Forward, Inputs, MediaI
 from tokenfleet.engines.transformers_engine.kv import BatchCache
 from tokenfleet.engines.transformers_engine.options import TransformersOptions
 from tokenfleet.engines.transformers_engine.packing import pack
-from tokenfleet.engines.transformers_engine.processing import MediaProcessor, Prepared, load_processor
 from tokenfleet.wire.errors import ConfigurationError
 
 _ATTENTION = {"disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "fa3": "flash_attention_3"}
@@ -111,6 +112,8 @@ class LoadedModel:
             ids = torch.tensor([list(prompt_ids)])
             known = {**inputs, "attention_mask": torch.ones_like(ids)}
             positions = self.model._prepare_position_ids_for_generation(ids, known)
+            if positions.dim() == 3:
+                go_on_after_videos(positions[-3:, 0], types[0])
             # It leaves what it found in the model for the next step; here each row has its own.
             # The first of four rows, where there are four, is the plain place in the text.
             places = positions[1:] if len(positions) == 4 else positions

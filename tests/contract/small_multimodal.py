@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from tests.small_tokenizers import byte_level
@@ -51,7 +52,38 @@ def save(family: str, folder: Path, **more):
                 parameter.mul_(4) if parameter.any() else parameter.normal_(0, 0.3)
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, 1
     model.save_pretrained(folder)
+    if family in ("qwen2_vl", "qwen2_5_vl"):
+        _position_as_qwen(model.model)
     return model
+
+
+def _position_as_qwen(model):
+    """See `go_on_after_videos`: the plain model is to be the one that Qwen trained."""
+    plain = model.get_rope_index
+
+    def get_rope_index(*args, **named):
+        positions, deltas = plain(*args, **named)
+        types = named["mm_token_type_ids"]
+        assert len(types) == 1
+        for place in range(1, types.shape[1]):
+            if types[0, place - 1] and not types[0, place]:
+                after = int(positions[:, 0, :place].max()) + 1
+                positions[:, 0, place:] += after - int(positions[0, 0, place])
+        return positions, torch.full_like(deltas, int(positions.max()) + 1 - types.shape[1])
+
+    model.get_rope_index = get_rope_index
+
+
+def as_on_the_hub(folder: Path):
+    """Give the weights the names that the hub's checkpoints have, where transformers 5 saves others."""
+    weights = load_file(folder / "model.safetensors")
+    named = {
+        name.replace("vision_tower.", "vision_tower.vision_model.", 1).replace(
+            "model.model.model.", "model.model."
+        ): value
+        for name, value in weights.items()
+    }
+    save_file(named, folder / "model.safetensors", {"format": "pt"})
 
 
 def _ids(tok, *tokens):
@@ -135,17 +167,19 @@ def _qwen3_vl(folder):
     )  # fmt: skip
 
 
-def _qwen2_audio(folder):
+def _qwen2_audio(folder, head_dim=12, rate=16000):
+    """``rate``: Hz that it hears."""
     tok = tokenizer()
     audio = hf.Qwen2AudioEncoderConfig(
         num_mel_bins=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=48, d_model=32,
-        max_source_positions=100, init_std=0.3,
+        max_source_positions=1500, init_std=0.3,
     )  # fmt: skip
     config = hf.Qwen2AudioConfig(
-        audio_config=audio, text_config=hf.Qwen2Config(**TEXT, vocab_size=len(tok)),
+        audio_config=audio,
+        text_config=hf.Qwen2Config(**{**TEXT, "hidden_size": 4 * head_dim}, vocab_size=len(tok)),
         audio_token_index=_ids(tok, "<|AUDIO|>")[0],
     )  # fmt: skip
-    features = hf.WhisperFeatureExtractor(feature_size=16, chunk_length=2)
+    features = hf.WhisperFeatureExtractor(feature_size=16, chunk_length=30 * 16000 // rate, sampling_rate=rate)
     hf.Qwen2AudioProcessor(
         features, tok, chat_template=chat(audio="<|audio_bos|><|AUDIO|><|audio_eos|>")
     ).save_pretrained(folder)

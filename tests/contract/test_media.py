@@ -272,8 +272,8 @@ async def test_an_image_token_without_its_image_fails_alone(tmp_path):
 )
 async def test_every_plugins_frame_stands_around_its_tokens(family, template, written, tmp_path):
     from tokenfleet.engines.media import MediaSettings
+    from tokenfleet.engines.media.processing import load_processor
     from tokenfleet.engines.prompts import renderer
-    from tokenfleet.engines.transformers_engine.processing import load_processor
 
     small.save(family, tmp_path)
     plain = transformers.AutoTokenizer.from_pretrained(tmp_path)

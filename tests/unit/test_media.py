@@ -288,3 +288,21 @@ def test_damaged_files_are_decoded_or_refused(kind):
             except InvalidRequest as error:
                 outcomes.append(error.code)
     assert {"read", "invalid_media"} <= set(outcomes) <= {"read", "invalid_media", "media_too_large"}
+
+
+def test_text_goes_on_after_a_videos_last_frame() -> None:
+    torch = pytest.importorskip("torch")
+    from tokenfleet.engines.media.positions import go_on_after_videos
+
+    # Two texts, three frames of one by two, two texts, an image of one by two, a text: as transformers 5 and as Qwen.
+    types = torch.tensor([0, 0, 2, 2, 2, 2, 2, 2, 0, 0, 1, 1, 0])
+    frames, image = [[2, 2, 3, 3, 4, 4], [2] * 6, [2, 3] * 3], [[6, 6], [6, 6], [6, 7]]
+    given = [[0, 1, *row, 4, 5, *seen, 8] for row, seen in zip(frames, image, strict=True)]
+    positions = torch.tensor(given)
+    go_on_after_videos(positions, types)
+    assert positions.tolist() == [
+        [0, 1, *row, 5, 6, *[number + 1 for number in seen], 9] for row, seen in zip(frames, image, strict=True)
+    ]
+    again = positions.clone()
+    go_on_after_videos(again, types)
+    assert torch.equal(again, positions)

@@ -16,8 +16,8 @@ from tokenfleet.engines.base import Media
 from tokenfleet.engines.media import Decoded, MediaSettings, decode
 from tokenfleet.engines.media.decoding import Recent, digest_of
 from tokenfleet.engines.media.failures import invalid
+from tokenfleet.engines.media.frames import FramesAsImages
 from tokenfleet.engines.templates.expansion import Expansion
-from tokenfleet.engines.transformers_engine.frames import FramesAsImages
 from tokenfleet.wire.errors import ConfigurationError
 
 _KEPT_BYTES = 256 << 20
@@ -94,8 +94,7 @@ class MediaProcessor:
         inputs: dict[str, Any] = {}
         if decoded.images:
             options = merged["images_kwargs"]
-            options |= _PAN_AND_SCAN if self._settings.image_do_pan_and_scan else {}
-            options |= _TILES if self._settings.crop_to_patches else {}
+            options |= cutting(self._settings)
             made, written = processor._process_images(list(decoded.images), **options)
             inputs.update(made)
             texts["image"] = tuple(written)
@@ -139,13 +138,32 @@ class MediaProcessor:
         return torch.tensor(self._processor.create_mm_token_type_ids([list(ids)]))
 
 
+def check_settings(processor: Any, settings: MediaSettings) -> None:
+    """Raises `ConfigurationError` for a setting that this model can't honour. ``processor``: transformers' own."""
+    if settings.use_audio_in_video:
+        raise ConfigurationError("use_audio_in_video: no model that is served takes a video's sound.")
+    image = getattr(processor, "image_processor", None)
+    for name, attribute in (("image_do_pan_and_scan", "do_pan_and_scan"), ("crop_to_patches", "crop_to_patches")):
+        if getattr(settings, name) and not hasattr(image, attribute):
+            raise ConfigurationError(f"{name}: this model's processor does not cut images.", hint="Leave it out.")
+    rate = getattr(_audio(processor), "sampling_rate", None)
+    if rate is not None and rate != settings.audio_sampling_rate:
+        raise ConfigurationError(
+            f"audio_sampling_rate is {settings.audio_sampling_rate} Hz, and this model hears {rate} Hz.",
+            hint=f"Set audio_sampling_rate to {rate}.",
+        )
+
+
+def cutting(settings: MediaSettings) -> dict[str, Any]:
+    """What an image processor is told of cutting images."""
+    return (_PAN_AND_SCAN if settings.image_do_pan_and_scan else {}) | (_TILES if settings.crop_to_patches else {})
+
+
 def load_processor(
     folder: Path, tokenizer: Any, settings: MediaSettings, *, trust_remote_code: bool
 ) -> MediaProcessor | None:
     """A `MediaProcessor` for the model in ``folder``; None (and a warning that says why) where its processor can't be
-    made here, so that the model serves texts at least."""
-    if settings.use_audio_in_video:
-        raise ConfigurationError("use_audio_in_video: no model of this engine takes a video's sound.")
+    made here, so that the model serves texts at least. Raises `ConfigurationError` (`check_settings`)."""
     try:
         try:
             processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -159,6 +177,7 @@ def load_processor(
         return None
     if not made.modalities:
         return None
+    check_settings(processor, settings)
     if source := getattr(processor, "chat_template", None):
         made.tokenizer.chat_template = source
     return made
