@@ -77,6 +77,18 @@ class FleetArguments(BaseModel):
     sglang_tp_size: int | None = None
     sglang_config: dict[str, Any] | str | None = None
 
+    # How images, videos and audios are prepared
+    image_max_pixels: int | None = None
+    image_min_pixels: int | None = None
+    image_do_pan_and_scan: bool | None = None
+    crop_to_patches: bool | None = None
+    video_max_pixels: int | None = None
+    video_min_pixels: int | None = None
+    video_fps: float | None = None
+    video_maxlen: int | None = None
+    use_audio_in_video: bool | None = None
+    audio_sampling_rate: int | None = None
+
     # The local fleet
     workers: int = Field(1, ge=1, le=64)
     gpus: str | None = None
@@ -133,6 +145,8 @@ _MODEL_NAMES = (
     "model_name_or_path", "adapter_name_or_path", "adapters", "adapter_folder", "cache_dir", "model_revision",
     "infer_dtype", "quantization_bit", "quantization_method", "rope_scaling", "flash_attn", "trust_remote_code",
     "rewards",
+    "image_max_pixels", "image_min_pixels", "image_do_pan_and_scan", "crop_to_patches", "video_max_pixels",
+    "video_min_pixels", "video_fps", "video_maxlen", "use_audio_in_video", "audio_sampling_rate",
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import pytest
 from tokenfleet.cli import COMMANDS, main, root
 from tokenfleet.cli.argument_help import HELP, SECTIONS
 from tokenfleet.cli.arguments import merged, read_value
+from tokenfleet.engines.media.settings import MediaSettings
 from tokenfleet.producer.arguments import FleetArguments, split_arguments
 from tokenfleet.wire.chat import GenerationParams
 from tokenfleet.wire.errors import ConfigurationError
@@ -113,6 +114,21 @@ def test_all_that_is_read_is_what_the_models_take() -> None:
     params = GenerationParams.model_validate(generation)
     assert (params.stop, params.stop_token_ids, params.n, params.seed) == (("a", "b"), (2,), 2, 3)
     assert params.response_format.type == "json_object"
+
+
+def test_every_media_setting_of_llama_factorys_files_reaches_the_engine(tmp_path: Path) -> None:
+    values = {
+        "image_max_pixels": 262144, "image_min_pixels": 2048, "image_do_pan_and_scan": False, "crop_to_patches": False,
+        "video_max_pixels": 16384, "video_min_pixels": 512, "video_fps": 1.5, "video_maxlen": 64,
+        "use_audio_in_video": False, "audio_sampling_rate": 24000,
+    }  # fmt: skip
+    file = tmp_path / "run.yaml"
+    file.write_text("model_name_or_path: a\n" + "".join(f"{name}: {value}\n" for name, value in values.items()).lower())
+    for engine in ("hf", "vllm", "sglang"):
+        arguments, _ = split_arguments(merged([str(file)], {"infer_backend": engine}, {}))
+        args = arguments.local_fleet().worker["engine_args"]
+        assert {name: args[name] for name in values} == values
+        assert MediaSettings.model_validate({name: args[name] for name in values}).video_fps == 1.5
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "a: [", "just words", "1: 2"])

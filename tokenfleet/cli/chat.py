@@ -31,7 +31,7 @@ _QUIET_S = 1.0  # how long an answer may keep the user waiting without a word
 
 
 @click.command("chat", cls=SectionedCommand, context_settings=CONTEXT)
-@argument_options("Fleet", "Model", "vLLM", "SGLang", "Workers", "Generation")
+@argument_options("Fleet", "Model", "vLLM", "SGLang", "Media", "Workers", "Generation")
 @click.option("--system", metavar="TEXT", help="System message of this chat.")
 @click.option("--adapter", metavar="NAME", help="Which of the model's adapters to use.")
 @media_options

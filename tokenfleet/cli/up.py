@@ -19,7 +19,7 @@ from tokenfleet.wire.errors import ConfigurationError
 
 
 @click.command("up", cls=SectionedCommand, context_settings=CONTEXT)
-@argument_options("Fleet", "Model", "vLLM", "SGLang", "Workers", without=("redis_url",))
+@argument_options("Fleet", "Model", "vLLM", "SGLang", "Media", "Workers", without=("redis_url",))
 @click.option("--wait/--detach", default=True, help="Wait until a worker is ready (the default), or only for Redis.")
 @click.option("--idle-stop", type=click.FloatRange(min=0), metavar="SECONDS", help="Stop so long after the last use.")
 @click.argument("config", nargs=-1, metavar="[FILE] [KEY=VALUE]...")

@@ -28,7 +28,7 @@ _APART = set(WORKER_NAMES)  # these can be said without saying which model
 
 
 @click.command("worker", cls=SectionedCommand, context_settings=CONTEXT)
-@argument_options("Fleet", "Model", "vLLM", "SGLang", "Workers", without=("workers",))
+@argument_options("Fleet", "Model", "vLLM", "SGLang", "Media", "Workers", without=("workers",))
 @click.option("--config", "config", metavar="FILE", help="A YAML or JSON file of these arguments.")
 @click.argument("celery_arguments", nargs=-1, type=click.UNPROCESSED, metavar="[-- CELERY ARGUMENTS]...")
 @click.pass_context
