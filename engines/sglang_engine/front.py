@@ -23,6 +23,7 @@ from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from tokenfleet.engines.base import RawLogprob
 from tokenfleet.engines.mailbox import Mailbox
 from tokenfleet.engines.sglang_engine import compat, scheduler
+from tokenfleet.engines.sglang_engine.media import Ready
 from tokenfleet.wire.errors import EngineError, InvalidRequest, TokenfleetError
 
 _CLOSING_S = 10.0
@@ -44,6 +45,11 @@ class Manager(TokenizerManager):
         self.readers: dict[str, Reader] = {}
         self.steps = 0
         self.on_failure: Callable[[], None] = lambda: None
+
+    def init_tokenizer_and_processor(self) -> None:
+        """SGLang's own would start processes that decode media. Prompts are made above the engines."""
+        self.tokenizer = self.processor = self.async_dynamic_batch_tokenizer = None
+        self.mm_processor = Ready()
 
     def auto_create_handle_loop(self) -> None:
         """SGLang's own also takes SIGTERM and SIGQUIT, and ends the process when its loop fails."""

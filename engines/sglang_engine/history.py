@@ -55,7 +55,8 @@ def _counts(row: Mapping[str, Any], vocab_size: int, device: torch.device) -> tu
     retractions, prompt, own = getattr(request, _STATE, (None, None, None))
     if retractions == request.retraction_count and prompt is not None and own is not None:
         return prompt, own
-    ids = [*request.origin_input_ids, *request.output_ids]
+    # Before ids of media's contents took the place of the model's own token for them.
+    ids = [*request.origin_input_ids_unpadded, *request.output_ids]
     start = row["prompt"]
     return _count(ids[:start], vocab_size, device), _count(ids[start:], vocab_size, device)
 

@@ -11,6 +11,7 @@ from typing import Any
 from tokenfleet.engines.base import EngineInfo
 from tokenfleet.engines.folders import Folders, architectures, eos_ids, first_line
 from tokenfleet.engines.sglang_engine.front import FrontEnd
+from tokenfleet.engines.sglang_engine.media import SglangMedia, media_processor
 from tokenfleet.engines.sglang_engine.options import SglangOptions
 from tokenfleet.wire.errors import ConfigurationError, EngineDead
 
@@ -28,6 +29,7 @@ class LoadedSglang:
     """`transformers.PreTrainedTokenizerBase`"""
     info: EngineInfo
     lora: Mapping[str | None, str]
+    media: SglangMedia | None
 
 
 def load(options: SglangOptions) -> LoadedSglang:
@@ -48,6 +50,7 @@ def load(options: SglangOptions) -> LoadedSglang:
     paths = {_FIXED: fixed[0]} if fixed else adapters
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+        processor = media_processor(folder, tokenizer, options)
         front = FrontEnd(**_arguments(folder, paths, options))
     except TypeError as error:
         raise ConfigurationError(f"SGLang {sglang.__version__} does not know this of sglang_config: {error}") from error
@@ -60,6 +63,10 @@ def load(options: SglangOptions) -> LoadedSglang:
         raise ConfigurationError(f"The model {label!r} can't be loaded by SGLang: {first_line(error)}") from error
     manager = front.tokenizer_manager
     model = manager.model_config
+    media = None
+    if processor is not None:
+        media = SglangMedia(processor, model.hf_config)
+        tokenizer = processor.tokenizer
     # Of prompt and answer together: SGLang silently cuts answers that end within two tokens of a limit of its own.
     room = min(manager.context_len, front.pool_tokens) - 2
     info = EngineInfo(
@@ -79,9 +86,10 @@ def load(options: SglangOptions) -> LoadedSglang:
         vocab_size=model.vocab_size,
         adapters=tuple(adapters),
         can_score=_is_classifier(folder),
+        modalities=("text", *(media.modalities if media else ())),
         eos_ids=eos_ids(folder),
     )
-    return LoadedSglang(front, tokenizer, info, lora)
+    return LoadedSglang(front, tokenizer, info, lora, media)
 
 
 def _arguments(folder: Path, lora: Mapping[str, Path], options: SglangOptions) -> dict[str, Any]:

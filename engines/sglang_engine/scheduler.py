@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tokenfleet.engines.lifeline import leave_with_parent
@@ -26,9 +27,11 @@ def run(server_args: Any, *args: Any, **kwargs: Any) -> None:
     _end_instead_of_signalling()
     from sglang.srt.managers.scheduler import run_scheduler_process
 
-    from tokenfleet.engines.sglang_engine import compat, grammars, sampler
+    from tokenfleet.engines.folders import architectures
+    from tokenfleet.engines.sglang_engine import compat, grammars, sampler, towers
 
     sampler.register()
+    towers.install(architectures(Path(server_args.model_path)))
     _coalesce(compat.streamer())
     grammars.compiler.prepare(server_args.model_path, bool(server_args.trust_remote_code))
     run_scheduler_process(server_args, *args, **kwargs)

@@ -10,6 +10,8 @@ from typing import Any
 from tokenfleet.engines.base import Media
 from tokenfleet.engines.media import Decoded, MediaSettings, Video, decode
 from tokenfleet.engines.media.decoding import Recent, digest_of
+from tokenfleet.engines.media.failures import invalid
+from tokenfleet.engines.media.processing import check_settings, cutting
 from tokenfleet.engines.templates.expansion import Expansion
 from tokenfleet.engines.vllm_engine import compat
 from tokenfleet.wire.errors import InvalidRequest
@@ -21,11 +23,17 @@ class VllmMedia:
     """For one started `AsyncLLM`. ``modalities``: what the model takes beside text."""
 
     def __init__(self, engine: Any, settings: MediaSettings) -> None:
+        """Raises `ConfigurationError` for settings that the model can't honour."""
         self._engine = engine
         self._settings = settings
         self._events: asyncio.AbstractEventLoop | None = None
-        limits = engine.renderer.get_mm_processor().info.supported_mm_limits
+        info = engine.renderer.get_mm_processor().info
+        processor = info.get_hf_processor()
+        check_settings(processor, settings)
+        limits = info.supported_mm_limits
         self.modalities = tuple(kind for kind in ("image", "video", "audio") if kind in limits)
+        tokens = {kind: getattr(processor, f"{kind}_token", None) for kind in self.modalities}
+        self._ids = {kind: processor.tokenizer.convert_tokens_to_ids(token) for kind, token in tokens.items() if token}
         vision = getattr(engine.model_config.hf_config, "vision_config", None)
         self._is_qwen = hasattr(vision, "spatial_merge_size") and hasattr(vision, "temporal_patch_size")
         self._recent: Recent[Decoded] = Recent(_KEPT_BYTES, _size_of)
@@ -41,7 +49,14 @@ class VllmMedia:
     def tokens_of(self, ids: Sequence[int], media: Sequence[Media]) -> int:
         """How many tokens the prompt has with its media written out. Called in a thread, never on the event loop.
 
-        Raises `InvalidRequest`."""
+        Raises `InvalidRequest`, also for the model's own token where no medium stands: vLLM would put one there."""
+        for kind, token in self._ids.items():
+            given = sum(medium.kind == kind for medium in media)
+            if given and ids.count(token) > given:
+                raise invalid(
+                    f"The prompt has {ids.count(token)} places for {given} {kind} parts.",
+                    f"Don't write the model's own token for {kind}s in a text.",
+                )
         assert self._events is not None
         return len(asyncio.run_coroutine_threadsafe(self.prompt(ids, media), self._events).result()["prompt_token_ids"])
 
@@ -55,6 +70,8 @@ class VllmMedia:
             # the requests' arrival there.
             more["skip_mm_cache"] = True
         prompt = {"prompt_token_ids": list(ids), "multi_modal_data": _data(decoded, self._settings)}
+        if decoded.images and (cuts := cutting(self._settings)):
+            prompt["mm_processor_kwargs"] = cuts
         try:
             parsed = compat.parsed_prompt(self._engine.model_config, prompt)
             (made,) = await renderer.render_cmpl_async([parsed], renderer.default_cmpl_tok_params, **more)

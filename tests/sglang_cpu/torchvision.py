@@ -1,5 +1,5 @@
-"""Stands in for torchvision, whose PyPI build does not load beside a CPU build of torch. SGLang and transformers import
-it for models that see; calling any of it raises."""
+"""Stands in for torchvision where it is not installed (`make setup-sglang-cpu` does). SGLang and transformers import it
+for models that see; calling any of it raises."""
 
 from __future__ import annotations
 

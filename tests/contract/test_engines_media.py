@@ -1,0 +1,277 @@
+"""Images, videos and audios: the same prompt, the same answer and the same refusals on every engine, against
+transformers' own ``generate``. Media settings are others than the defaults here, and each must be seen to matter.
+
+``TOKENFLEET_CONTRACT_ENGINES`` names the engines, as for the other suite. An engine takes half a minute to start, so
+each model is started once, and all that is asked of it goes through one batch."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+import pytest
+import pytest_asyncio
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("PIL")
+pytest.importorskip("av")
+
+from tests import media_files as files  # noqa: E402
+from tests.contract import small_multimodal as small  # noqa: E402
+from tests.contract.test_media import chat  # noqa: E402
+from tokenfleet.engines.base import Media, Sequence  # noqa: E402
+from tokenfleet.engines.generation import resolve_max_new_tokens  # noqa: E402
+from tokenfleet.engines.media import MediaSettings  # noqa: E402
+from tokenfleet.engines.media.processing import MediaProcessor, load_processor  # noqa: E402
+from tokenfleet.engines.prompts import RenderedPrompt, renderer  # noqa: E402
+from tokenfleet.engines.registry import Loaded, ModelSettings, load  # noqa: E402
+from tokenfleet.wire.chat import GenerationParams  # noqa: E402
+from tokenfleet.wire.errors import ConfigurationError, ContextLengthExceeded, InvalidRequest  # noqa: E402
+
+pytestmark = [pytest.mark.contract, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
+
+ENGINES = [
+    name
+    for name in os.environ.get("TOKENFLEET_CONTRACT_ENGINES", "scripted,transformers").split(",")
+    if name != "scripted" and importlib.util.find_spec(name)
+]
+FAMILIES = ["llava", "qwen2_vl", "qwen2_audio"]
+MORE = {"sglang": ["qwen2_5_vl", "qwen3_vl"]}
+CASES = [(engine, family) for engine in ENGINES for family in FAMILIES + MORE.get(engine, [])]
+RATE = 32000
+SETTINGS = {
+    "image_max_pixels": 80 * 80, "image_min_pixels": 50 * 50, "video_max_pixels": 60 * 60, "video_min_pixels": 56 * 56,
+    "video_fps": 4.0, "video_maxlen": 6,
+}  # fmt: skip
+NEW = 12
+ROOM = 512
+
+
+@dataclass
+class Served:
+    engine_name: str
+    family: str
+    model: object
+    loaded: Loaded
+    plain: MediaProcessor
+    """What transformers makes of media by the same settings; ``defaults`` by the default ones."""
+    defaults: MediaProcessor
+
+    @property
+    def engine(self):
+        return self.loaded.engine
+
+    def media(self, kind, *seeds):
+        make = {
+            "image": lambda seed: files.image_file(seed, (60 + 60 * seed, 88)),
+            "video": lambda seed: files.video_file(seed, frames=20 + 10 * seed),
+            "audio": lambda seed: files.audio_file(seed, seconds=0.3 + seed / 10),
+        }
+        return [Media(kind, make[kind](seed)) for seed in seeds]
+
+    async def asked(self, content, media=(), **more):
+        prompt = await asyncio.to_thread(self.loaded.render, chat(content, media), tuple(media))
+        return prompt, Sequence(
+            "s", prompt.ids, self.params(do_sample=False), NEW, media=tuple(media), prompt_text=prompt.text, **more
+        )
+
+    @property
+    def barred(self):
+        """The model's own tokens for media: in an answer the plain model would take them for media."""
+        return self.plain.tokenizer.convert_tokens_to_ids(list(self.plain.tokens.values()))
+
+    def params(self, **values):
+        return GenerationParams(ignore_eos=True, logit_bias=dict.fromkeys(self.barred, -100.0), **values)
+
+    async def run(self, sequence):
+        ids = list(sequence.delivered_ids)
+        async with aclosing(self.engine.generate(sequence)) as chunks:
+            async for chunk in chunks:
+                ids += chunk.ids
+        return ids
+
+    def expected(self, content, media, plain=None) -> RenderedPrompt:
+        """The prompt as transformers reads it, media written out."""
+        plain = plain or self.plain
+        return renderer(plain.tokenizer, expansion_of=plain.expansion)(chat(content, media), tuple(media))
+
+    def gap(self, prompt: RenderedPrompt, media, ids) -> float:
+        """By how much any of ``ids`` was not the best after what stands before it."""
+        given = torch.tensor([[*prompt.ids, *ids]])
+        inputs = dict(self.plain.prepared(media).inputs) if media else {}
+        if "qwen" in self.family and "audio" not in self.family:
+            types = self.plain.token_types(prompt.ids)
+            inputs["mm_token_type_ids"] = torch.cat([types, torch.zeros(1, len(ids), dtype=types.dtype)], dim=1)
+        with torch.inference_mode():
+            logits = self.model(input_ids=given, attention_mask=torch.ones_like(given), **inputs).logits[0]
+        logits = logits[len(prompt.ids) - 1 : -1].clone()
+        logits[:, self.barred] -= 100
+        return (logits.max(-1).values - logits.gather(-1, torch.tensor(ids)[:, None])[:, 0]).max().item()
+
+
+def arguments(engine_name, folder):
+    args = {"model_name_or_path": str(folder), "infer_dtype": "float32", "max_batch_size": 8}
+    if engine_name == "transformers":
+        return args | {"max_context_tokens": ROOM}
+    if engine_name == "vllm":
+        return args | {
+            "vllm_enforce_eager": True, "vllm_maxlen": ROOM, "vllm_config": {"kv_cache_memory_bytes": 1 << 27},
+        }  # fmt: skip
+    return args | {"sglang_maxlen": ROOM}
+
+
+def save(family, folder):
+    sizes = {"head_dim": 32} if family in FAMILIES else {}  # vLLM's least on a CPU
+    model = small.save(family, folder, **sizes, **({"rate": RATE} if family == "qwen2_audio" else {}))
+    small.as_on_the_hub(folder)
+    if family in ("qwen2_vl", "qwen2_5_vl") and has_torchvision():
+        videos = transformers.Qwen2VLVideoProcessor(size={"shortest_edge": 28 * 28, "longest_edge": 112 * 112})
+        videos.save_pretrained(folder)
+    return model
+
+
+def has_torchvision():
+    try:
+        import torchvision
+    except ImportError:
+        return False
+    return torchvision.__version__ != "0"  # tests/sglang_cpu's
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=CASES, ids="-".join)
+async def it(request, tmp_path_factory):
+    engine_name, family = request.param
+    if engine_name != "transformers" and family != "qwen2_audio" and not has_torchvision():
+        pytest.skip(f"models that see need torchvision in {engine_name}: `make setup-{engine_name}-cpu`")
+    folder = tmp_path_factory.mktemp(family)
+    model = await asyncio.to_thread(save, family, folder)
+    settings = SETTINGS | ({"audio_sampling_rate": RATE} if family == "qwen2_audio" else {})
+    loaded = await load(engine_name, {**arguments(engine_name, folder), **settings}, ModelSettings("m"))
+
+    def processor(**given):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        return load_processor(folder, tokenizer, MediaSettings(**given), trust_remote_code=False)
+
+    try:
+        defaults = {"audio_sampling_rate": RATE} if family == "qwen2_audio" else {}
+        yield Served(engine_name, family, model, loaded, processor(**settings), processor(**defaults))
+    finally:
+        await loaded.engine.close()
+
+
+async def test_media_are_seen_and_heard_as_transformers_does(it):
+    kinds = it.plain.modalities
+    assert it.engine.info.modalities == ("text", *kinds)
+    contents = [(["Hello, how are you?"], [])]
+    for kind in kinds:
+        one, other = it.media(kind, 1, 2)
+        contents += [
+            ([kind, "What is this?"], [one]),
+            ([kind, "What is this?"], [other]),
+            (["Compare ", kind, " with ", kind, ", please."], [one, other]),
+        ]
+    if len(kinds) > 1:
+        contents.append(([kinds[0], " and ", kinds[1], "?"], [*it.media(kinds[0], 1), *it.media(kinds[1], 2)]))
+    asked = [await it.asked(*content) for content in contents]
+    answers = await asyncio.gather(*(it.run(sequence) for _, sequence in asked))
+    for (content, media), (prompt, _), ids in zip(contents, asked, answers, strict=True):
+        expected = it.expected(content, media)
+        assert prompt.tokens == len(expected.ids)
+        if it.engine_name != "vllm":  # which writes media out by itself
+            assert prompt.ids == expected.ids
+        assert len(ids) == NEW
+        assert it.gap(expected, media, ids) < 1e-3
+    assert answers[1] != answers[2], "what is seen or heard makes no difference"
+    # Taken over by another worker, with the stored prompt, what was delivered, and the same bytes.
+    for (_, sequence), ids in list(zip(asked, answers, strict=True))[3:]:
+        for cut in (1, 7):
+            assert await it.run(replace(sequence, delivered_ids=tuple(ids[:cut]))) == ids
+    # The same again, when an engine may have kept what it computed for the media.
+    assert await it.run(asked[1][1]) == answers[1]
+    drawn = replace(asked[3][1], params=it.params(temperature=1.5, top_p=1.0, top_k=-1))
+    one, other, again = await asyncio.gather(*(it.run(replace(drawn, seed=seed)) for seed in (1, 2, 1)))
+    assert one == again != other
+
+
+async def test_a_penalty_counts_what_a_text_has_and_not_what_an_image_is_told_apart_by(it):
+    kind = it.plain.modalities[0]
+    _, sequence = await it.asked([kind, "What is this?"], it.media(kind, 1))
+    barred = it.params(do_sample=False, frequency_penalty=2.0, repetition_penalty=8.0)
+    ids = await it.run(replace(sequence, params=barred))
+    assert len(ids) == NEW
+    assert len(set(ids)) == NEW
+    assert await it.run(replace(sequence, params=barred, delivered_ids=tuple(ids[:5]))) == ids
+
+
+async def test_settings_matter(it):
+    """Each by what the model is given: that the answers follow from it is shown above."""
+    for kind in it.plain.modalities:
+        [medium] = it.media(kind, 2)
+        mine, default = (len(it.expected([kind], [medium], plain).ids) for plain in (it.plain, it.defaults))
+        prompt, _ = await it.asked([kind], [medium])
+        assert prompt.tokens == mine
+        if it.family == "llava":  # sees all images in one size
+            continue
+        if kind == "audio":
+            frames = int(0.5 * RATE) // 160
+            assert prompt.tokens == len(it.expected([], []).ids) + (frames // 2) // 2 + 2
+        else:
+            assert mine != default
+
+
+async def test_what_can_not_be_shown_to_a_model_is_refused_and_hurts_nobody(it):
+    kind = it.plain.modalities[0]
+    other = "audio" if kind == "image" else "image"
+    one, two = it.media(kind, 1, 2)
+    _, good = await it.asked([kind, "What is this?"], [one])
+    running = asyncio.create_task(it.run(replace(good, max_new_tokens=40)))
+    word = f"<{kind}>"
+    wrong = {
+        "corrupt": ([kind], [Media(kind, one.data[:150])] if kind == "image" else [Media(kind, b"RIFF" + bytes(99))]),
+        "no medium": ([kind], [Media(kind, b"hello")]),
+        "fewer words": ([f"{word} and", kind, kind], [one, two]),
+        "more words": ([word * 2, kind], [one]),
+        "the model's own token": ([f"{it.plain.tokens[kind] * 2} and", kind], [one]),
+    }
+    for name, (content, media) in wrong.items():
+        with pytest.raises(InvalidRequest) as caught:
+            await it.asked(content, media)
+        assert caught.value.code == "invalid_media", name
+    # The engine itself, with bytes that no renderer has seen here: a continuation's.
+    for medium, code in ((Media(kind, b"hello"), "invalid_media"), (Media(other, one.data), "unsupported_modality")):
+        with pytest.raises(InvalidRequest) as caught:
+            await it.run(replace(good, media=(medium,)))
+        assert caught.value.code == code
+    # What media are written out to counts.
+    many = 2 + ROOM // max(1, it.expected([kind], [one]).tokens - it.expected(["x"], []).tokens)
+    long, sequence = await it.asked([kind] * many, [one] * many)
+    assert long.tokens > ROOM
+    with pytest.raises(ContextLengthExceeded):
+        resolve_max_new_tokens(sequence.params, long.tokens, it.engine.info.context_tokens)
+    with pytest.raises(ContextLengthExceeded):
+        await it.run(sequence)
+    assert len(await running) == 40
+    await it.engine.check()
+
+
+@pytest.mark.parametrize("engine_name", ENGINES)
+@pytest.mark.parametrize(
+    ("family", "setting"),
+    [
+        ("qwen2_audio", {"audio_sampling_rate": 16000}),
+        ("llava", {"image_do_pan_and_scan": True}),
+        ("llava", {"crop_to_patches": True}),
+        ("llava", {"use_audio_in_video": True}),
+    ],
+    ids=str,
+)
+async def test_a_setting_that_a_model_can_not_honour_is_refused_at_the_start(engine_name, family, setting, tmp_path):
+    if engine_name == "vllm" and family == "llava":
+        pytest.skip("the same check, half a minute each")
+    await asyncio.to_thread(save, family, tmp_path)
+    with pytest.raises(ConfigurationError, match=next(iter(setting))):
+        await load(engine_name, {**arguments(engine_name, tmp_path), **setting}, ModelSettings("m"))
