@@ -150,7 +150,8 @@ def test_requests_per_minute_hold_over_all_gateways(
         assert 1 <= int(answer.headers["retry-after"]) <= 10
         assert answer.headers["x-ratelimit-remaining-requests"] == "0"
     assert answers[0].headers["x-ratelimit-limit-requests"] == "6"
-    assert answers[0].headers["x-ratelimit-reset-requests"].endswith("s")
+    for answer in answers:  # ten seconds until one is back: what was just taken counts
+        assert 10 <= float(answer.headers["x-ratelimit-reset-requests"].removesuffix("s")) <= 60
     # Nobody else is touched, and looking costs nothing.
     assert client_of(gateways[0], keys["bob"]).chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=1)
     assert call(gateways[0], "/v1/models", keys["alice"]).status == 200

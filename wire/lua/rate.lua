@@ -19,7 +19,10 @@ end
 if wait > 0 then
   reply[1] = 0
 elseif n > 0 and limits.requests_per_minute then
-  reply[3] = math.max(0, math.floor(bucket(tenant, 'requests', limits.requests_per_minute, n)))
+  local per_minute = limits.requests_per_minute
+  local level = bucket(tenant, 'requests', per_minute, n)
+  reply[3] = math.max(0, math.floor(level))
+  reply[4] = math.ceil((per_minute - level) * 60000 / per_minute)
 end
 reply[#reply + 1] = math.ceil(wait)
 return reply
