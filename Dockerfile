@@ -5,7 +5,7 @@ ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 # Torch's CPU build is a tenth of its CUDA build, which is what PyPI has for Linux: name PyTorch's CPU index here.
 ARG PIP_EXTRA_INDEX_URL=
 RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin tokenfleet \
- && install -d -o tokenfleet -g tokenfleet /var/cache/tokenfleet /var/lib/tokenfleet
+ && install -d -o tokenfleet -g tokenfleet /var/cache/tokenfleet /var/lib/tokenfleet /var/lib/tokenfleet-media
 WORKDIR /src
 # Dependencies come before the sources, on a package that is still empty: a change of code does not fetch torch again.
 COPY pyproject.toml LICENSE README.md ./

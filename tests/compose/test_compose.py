@@ -97,6 +97,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
             f"tokenfleet-test-{secrets.token_hex(3)}",
             free_port(),
             free_port(),
+            free_port(),
             secrets.token_hex(),
         )
         lines = [line for line in (ROOT / ".env.example").read_text().splitlines() if not line.startswith("REDIS_PASS")]
@@ -155,7 +156,15 @@ def test_the_gateway_comes_up_once_there_is_a_key_and_answers_for_it(project: Pr
         stranger.models.list()
 
 
-@pytest.mark.parametrize("service", ["redis", "worker", "flower"])
+def test_large_media_lie_where_the_gateway_the_workers_and_producers_find_them(project: Project) -> None:
+    sees = "test -f $TOKENFLEET_MEDIA_FOLDER/probe && echo seen"
+    project.compose("exec", "-T", "gateway", "sh", "-c", "touch $TOKENFLEET_GATEWAY_MEDIA_FOLDER/probe")
+    assert project.compose("exec", "-T", "worker", "sh", "-c", sees).strip() == "seen"
+    assert project.compose("run", "--rm", "-T", "--entrypoint", "sh", "client", "-c", sees).strip() == "seen"
+    project.compose("exec", "-T", "worker", "sh", "-c", "rm $TOKENFLEET_MEDIA_FOLDER/probe")
+
+
+@pytest.mark.parametrize("service", ["redis", "worker", "flower", "gateway"])
 def test_no_container_is_root_or_can_write_its_image(project: Project, service: str) -> None:
     attempt = "id -u; touch /etc/probe /home/probe 2>/dev/null && echo wrote; grep NoNewPrivs /proc/self/status"
     answer = project.compose("exec", "-T", service, "sh", "-c", attempt).split()
