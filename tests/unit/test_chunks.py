@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tokenfleet.producer.gateway.chunks import ChatChunks, StreamOptions, TextChunks
@@ -43,11 +43,14 @@ def log_of(parser: dict[str, Any], pieces: list[tuple[int, str]]) -> list[AnyEve
     return [*log, *(ChoiceFinished(c, "stop", at[c]) for c in at), Finished(Usage(7, len(pieces)))]
 
 
+# A busy machine is no failure.
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 # The marks of thoughts and calls, whole and in parts, among all else.
 TEXTS = st.one_of(st.sampled_from(["<think>", "</think>", "</th", "ink>", "<tool_call>", "\n", " ", "text"]), st.text())
 
 
 @pytest.mark.parametrize("parser", PARSERS, ids=str)
+@PATIENT
 @given(pieces=st.lists(st.tuples(st.integers(0, 1), TEXTS), max_size=12), after=st.integers(0, 8), usage=st.booleans())
 def test_chats(parser: dict[str, Any], pieces: list[tuple[int, str]], after: int, usage: bool) -> None:
     log, options = log_of(parser, pieces), StreamOptions(usage=usage)
@@ -55,6 +58,7 @@ def test_chats(parser: dict[str, Any], pieces: list[tuple[int, str]], after: int
     assert quick == frames(LongChat("job", 'a "model"', options, after), log)
 
 
+@PATIENT
 @given(pieces=st.lists(st.tuples(st.integers(0, 1), TEXTS.filter(bool)), max_size=12), after=st.integers(0, 8))
 def test_completions(pieces: list[tuple[int, str]], after: int) -> None:
     log, options = log_of({}, pieces), StreamOptions(usage=True)
