@@ -72,7 +72,7 @@ class GatewaySettings(BaseSettings):
     head_held_s: float = Field(5.0, ge=0)
     """How long a stream's head waits for a worker, so that what the worker refuses is a 4xx."""
     keepalive_s: float = Field(15.0, gt=0)
-    """A stream that waits for its first token sends a comment so often, for proxies between."""
+    """A stream that has nothing to send sends a comment so often, for proxies between."""
     max_queued: int = Field(10_000, ge=1)
 
     @property

@@ -86,6 +86,7 @@ class _Reader:
         self._reading: dict[asyncio.Task[Batch], int] = {}
         self._on_error = on_error
         self._keepalive_s = keepalive_s
+        self._wrote_s = time.monotonic()
         self._out = bytearray()
         self._open = len(sources)
         self.has_begun = False
@@ -93,8 +94,8 @@ class _Reader:
         self.has_tokens = False
         self.error: TokenfleetError | None = None
 
-    async def read(self, timeout_s: float) -> bool:
-        """Take in what is there, waiting no longer than that. False: nothing came."""
+    async def read(self, timeout_s: float | None) -> None:
+        """Take in what is there, waiting no longer than that."""
         if not self._reading:
             for at in range(len(self._streams)):
                 self._start(at)
@@ -103,7 +104,6 @@ class _Reader:
             at = self._reading.pop(task)
             if await self._took(at, task):
                 self._start(at)
-        return bool(done)
 
     async def _took(self, at: int, batch: Awaitable[Batch]) -> bool:
         """Take in a batch; whether there is more to come from that source."""
@@ -134,12 +134,33 @@ class _Reader:
 
     async def write(self, write: Callable[[bytes], Awaitable[None]]) -> None:
         """All there is to send, from now to the end; all that came together in one piece."""
+        pulse = asyncio.ensure_future(self._pulse(write))
+        try:
+            await self._write(write)
+        finally:
+            pulse.cancel()
+            await asyncio.gather(pulse, return_exceptions=True)
+
+    async def _pulse(self, write: Callable[[bytes], Awaitable[None]]) -> None:
+        """A comment whenever nothing was sent for so long: before the first token, while a worker takes over, while a
+        tool call is written that is shown whole. Proxies between cut what is silent."""
+        while True:
+            silent_s = time.monotonic() - self._wrote_s
+            if silent_s >= self._keepalive_s:
+                self._wrote_s = time.monotonic()
+                # No blank line after it: OpenAI's client would take that for the end of an event without data.
+                await write(b": waiting\n")
+            else:
+                await asyncio.sleep(self._keepalive_s - silent_s)
+
+    async def _write(self, write: Callable[[bytes], Awaitable[None]]) -> None:
         while True:
             if self.error is not None:
                 self._out += self._on_error(self.error)
             if self._out:
                 piece = bytes(self._out)
                 self._out.clear()
+                self._wrote_s = time.monotonic()
                 await write(piece)
             if not self._open:
                 return
@@ -147,9 +168,7 @@ class _Reader:
                 task = self._reading.popitem()[0] if self._reading else None
                 await self._took(0, task or self._streams[0].next_batch())
                 continue
-            if not await self.read(self._keepalive_s):
-                # No blank line after it: OpenAI's client would take that for the end of an event without data.
-                self._out += b": waiting\n"
+            await self.read(None)
 
     async def aclose(self) -> None:
         for task in self._reading:

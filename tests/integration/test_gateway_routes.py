@@ -202,6 +202,23 @@ def aborts(fleet: Fleet) -> int:
     return sum(line["event"] == "end" and line["reason"] == "abort" for line in fleet.workers[0].record)
 
 
+def test_a_stream_is_not_silent_while_a_tool_call_is_written(gateway: Gateway) -> None:
+    """A call is shown whole: here after 2 s of tokens that nobody sees, ten times what a proxy may wait."""
+    call_text = json.dumps({"name": "weather", "arguments": {"city": "x" * 400}})
+    said = json.dumps(f"Looking. <tool_call>\n{call_text}\n</tool_call>")
+    messages = [{"role": "user", "content": f"[[spell: {said}]]"}]
+    body = {"model": MODEL, "messages": messages, "tools": TOOLS, "stream": True}
+    status, text = call(gateway, "/v1/chat/completions", body)
+    assert status == 200
+    said_first, has_call, _ = text.partition(b'"tool_calls":[')
+    assert has_call
+    _, has_text, silent = said_first.rpartition(b'"content":"')
+    assert has_text
+    assert silent.count(b": waiting\n") >= 3
+    assert b": waiting\n\n" not in text
+    assert text.endswith(b"data: [DONE]\n\n")
+
+
 @pytest.mark.parametrize("route", ["chat", "completions", "responses"])
 @pytest.mark.parametrize("is_streaming", [True, False], ids=["streaming", "waiting"])
 def test_who_leaves_is_cancelled_in_two_seconds(
