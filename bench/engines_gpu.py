@@ -112,7 +112,8 @@ def offline_sglang(args: argparse.Namespace) -> None:
     stage("imported; the engine starts")
     engine = sglang.Engine(
         model_path=args.model, dtype="bfloat16", max_running_requests=args.streams, context_length=CONTEXT_TOKENS,
-        log_level="info", log_requests=False, sampling_backend="pytorch", **args.options,
+        log_level="info", log_requests=False, sampling_backend="pytorch",
+        grammar_backend="none", **args.options,
     )  # fmt: skip
     sampling = {"temperature": 1, "max_new_tokens": args.tokens, "ignore_eos": True}
 
