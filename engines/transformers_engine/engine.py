@@ -176,7 +176,11 @@ class TransformersEngine:
             grammar = await asyncio.to_thread(
                 self._grammars.compile, sequence.params.response_format, sequence.delivered_ids, stop_ids
             )
-        media = await asyncio.to_thread(self._media_inputs, sequence) if sequence.media else None
+        media = None
+        if sequence.media:
+            media = await asyncio.to_thread(self._media_inputs, sequence)
+        elif self._loaded.reads_both_ways:
+            media = self._loaded.text_inputs(sequence.prompt_ids)
         mailbox = Mailbox()
         state = SamplingState(
             params=sequence.params,

@@ -100,6 +100,17 @@ class LoadedModel:
         out = self.model.base_model(**self._inputs(ids, mask, positions, cache))
         return self._head(out.last_hidden_state[:, -1])
 
+    @property
+    def reads_both_ways(self) -> bool:
+        """Whether a prompt's tokens see all of it (PaliGemma), so that it has to be read alone and in one pass."""
+        return bool(getattr(self.model.config.get_text_config(), "use_bidirectional_attention", False))
+
+    def text_inputs(self, prompt_ids: Sequence[int]) -> MediaInputs:
+        """What a prompt without media is read with by a model that reads both ways."""
+        types = {"token_type_ids": torch.zeros(1, len(prompt_ids), dtype=torch.long)}
+        accepted = {name: value for name, value in types.items() if name in self._accepted}
+        return MediaInputs(b"", len(prompt_ids), accepted)
+
     def media_inputs(self, prompt_ids: Sequence[int], prepared: Prepared) -> MediaInputs:
         """What the prompt is read with, positions included where the model has its own for images (Qwen-VL's three)."""
         assert self.media is not None

@@ -138,6 +138,20 @@ async def test_media_and_text_chats_share_a_batch_and_each_gets_what_it_gets_alo
         assert (it.engine.running, it.engine.held_tokens) == (0, 0)
 
 
+async def test_a_text_prompt_that_sees_all_of_itself_is_read_whole_beside_others(tmp_path):
+    """PaliGemma's; in chunks, or in one pass with others, it would be read from left to right only."""
+    async with served("paligemma", tmp_path, prefill_chunk_tokens=8) as it:
+        short, long = it.sequence(["Hi"]), it.sequence(["Hello, how are you today? " * 3])
+        beside = it.sequence(["image", "What is this?"], media_of("paligemma", 1), new=2000)
+        async with aclosing(it.engine.generate(beside)) as running:
+            await anext(running)
+            answers = await asyncio.gather(*(it.run(each) for each in (short, long)))
+            going_on = await it.run(replace(long, delivered_ids=tuple(answers[1][:5])))
+            assert it.engine.running == 1
+        assert answers == [it.generated(short), it.generated(long)]
+        assert going_on == answers[1]
+
+
 @pytest.mark.parametrize("family", ["llava", "llava_next", "gemma3", "qwen2_audio"])
 async def test_prompts_and_tensors_are_those_of_the_models_own_processor(family, tmp_path):
     kind = "audio" if family == "qwen2_audio" else "image"
