@@ -14,8 +14,8 @@ from tokenfleet.wire.errors import ConfigurationError
 from tokenfleet.workers.worker_state import report_state
 
 
-def serve() -> None:
-    """Load in four steps, then serve until SIGTERM; says good-bye in Redis."""
+def serve(step_s: Path = Path("0.02")) -> None:
+    """Load in four steps of ``step_s`` each, then serve until SIGTERM; says good-bye in Redis."""
     settings = json.loads(Path(os.environ["TOKENFLEET_CONFIG"]).read_text())
 
     def leave(_number: int, _frame: object) -> None:
@@ -28,7 +28,7 @@ def serve() -> None:
     signal.signal(signal.SIGTERM, leave)
     for step in range(4):
         report_state("loading", detail="loading weights", progress=step / 4)
-        time.sleep(0.02)
+        time.sleep(float(str(step_s)))
     report_state("ready", models=(settings.get("model", "m"),))
     rest()
 

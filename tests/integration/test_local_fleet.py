@@ -98,7 +98,8 @@ def client_of(fleet: LocalFleet) -> redis.Redis:
 
 def test_a_fleet_comes_up_step_by_step_and_goes_down_workers_first(place: Path) -> None:
     seen: list[FleetState] = []
-    fleet = ensure("one", config(workers=2, worker={"model": "small"}), on_progress=seen.append)
+    slowly = config("serve", 0.5, workers=2, worker={"model": "small"})  # slow enough to be seen on a busy machine
+    fleet = ensure("one", slowly, on_progress=seen.append)
     state = fleet.wait_ready(30, on_progress=seen.append)
     assert fleet.models == state.models == ("small",)
     loads = [s for s in seen if s.state == "loading" and s.progress is not None]
