@@ -18,7 +18,7 @@ PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 SUITE_LIMIT_S ?= 3000
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint format pytest bench chaos compose-test gpu-test setup-vllm-cpu test-vllm-cpu \
+.PHONY: help setup demo test coverage lint format pytest bench chaos compose-test gpu-test setup-vllm-cpu test-vllm-cpu \
   setup-sglang-cpu test-sglang-cpu lock clean
 
 help: ## list these targets
@@ -42,10 +42,7 @@ $(READY): pyproject.toml $(LOCK)
 demo: $(READY) ## set up, start a local fleet with a real small model and watch it answer
 	@$(VENV)/bin/tokenfleet demo
 
-test: $(READY) lint ## set up, then everything CI runs: format, lint, types, import rules, all tests with coverage
-	$(PY) -m pytest $(wildcard $(SUITES)) $(PARALLEL) --session-timeout=$(SUITE_LIMIT_S) --cov --cov-report=term $(PYTEST_ARGS)
-
-check: lint pytest ## the same without measuring coverage
+test: lint pytest ## set up, then everything CI runs: format, lint, types, import rules, all tests
 
 lint: $(READY)
 	$(PY) -m ruff format --check .
@@ -55,6 +52,11 @@ lint: $(READY)
 
 pytest: $(READY)
 	$(PY) -m pytest $(wildcard $(SUITES)) $(PARALLEL) --session-timeout=$(SUITE_LIMIT_S) $(PYTEST_ARGS)
+
+# Not in `test`: CPython 3.11 under a trace function never leaves a function that a pending call enters while another one
+# waits (RESUME is traced before it is passed), and greenlet's are such. It was seen to hang a run for good.
+coverage: $(READY) ## all tests, and how much of the code they run
+	$(PY) -m pytest $(wildcard $(SUITES)) $(PARALLEL) --session-timeout=$(SUITE_LIMIT_S) --cov --cov-report=term $(PYTEST_ARGS)
 
 format: $(READY) ## format, and fix what the linter can fix
 	$(PY) -m ruff format .
