@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Items
 
 from tokenfleet.engines.base import EngineInfo, Sequence, TokenChunk
-from tokenfleet.engines.media.failures import check_kinds
 from tokenfleet.engines.stopping import ending_ids
 from tokenfleet.engines.support import check_supported
 from tokenfleet.wire.errors import ContextLengthExceeded, EngineError, InvalidRequest
+from tokenfleet.wire.requests import check_modalities
 
 
 def check_sequence(info: EngineInfo, sequence: Sequence, *, can_generate: bool) -> None:
@@ -32,7 +32,7 @@ def check_sequence(info: EngineInfo, sequence: Sequence, *, can_generate: bool) 
     _check_ids(info, "logit_bias", params.logit_bias)
     _check_ids(info, "stop_token_ids", params.stop_token_ids)
     _check_adapter(info, sequence.adapter)
-    check_kinds(info.modalities, sequence.media)
+    check_modalities(info.modalities, (medium.kind for medium in sequence.media))
     check_supported(info.name, params)
 
 

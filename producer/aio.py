@@ -31,8 +31,8 @@ from tokenfleet.wire.events import AnyEvent, Cancelled, Delta, Expired, Failed
 from tokenfleet.wire.jobs import JobOptions, JobStatus, ServedModel, State, dump_request
 from tokenfleet.wire.keys import Keys, new_id
 from tokenfleet.wire.ledger import Ledger, translated
-from tokenfleet.wire.media import MediaSettings, MediaStore, check_modalities, media_entries
-from tokenfleet.wire.requests import Messages, chat_request, check_size, score_request
+from tokenfleet.wire.media import MediaSettings, MediaStore, media_entries
+from tokenfleet.wire.requests import Messages, chat_request, check_modalities, check_size, score_request
 from tokenfleet.wire.results import ChatResult
 
 T = TypeVar("T")
@@ -374,7 +374,7 @@ class AsyncClient:
         if model not in models:
             raise _unknown(model, models)
         if isinstance(request, ChatRequest):
-            check_modalities(models[model].modalities, request.media)
+            check_modalities(models[model].modalities, (part.type for part in request.media))
 
     async def _only_model(self) -> str:
         models = await self.models()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,17 +193,4 @@ def _check_hashes(media: Mapping[str, bytes]) -> None:
         if hashlib.sha256(data).hexdigest() != ref:
             raise InvalidRequest(
                 f"The medium {ref[:12]}… was stored with bytes that are not its own.", code="invalid_media"
-            )
-
-
-def check_modalities(modalities: Iterable[str], media: Iterable[MediaPart]) -> None:
-    """Raises `InvalidRequest` (``unsupported_modality``) for the first medium that a model can't take."""
-    taken = tuple(modalities)
-    for part in media:
-        if part.type not in taken:
-            raise InvalidRequest(
-                f"This model takes no {part.type}.",
-                code="unsupported_modality",
-                hint=f"It takes: {', '.join(taken)}.",
-                param="messages",
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -109,3 +109,16 @@ def check_size(body: bytes) -> None:
         raise InvalidRequest(
             f"The request has {len(body)} bytes; at most {MAX_REQUEST_BYTES} are taken.", code="request_too_large"
         )
+
+
+def check_modalities(modalities: Iterable[str], kinds: Iterable[str]) -> None:
+    """Raises `InvalidRequest` (``unsupported_modality``) for the first kind of media that a model can't take."""
+    taken = tuple(modalities)
+    for kind in kinds:
+        if kind not in taken:
+            raise InvalidRequest(
+                f"This model takes no {kind}.",
+                code="unsupported_modality",
+                hint=f"It takes: {', '.join(taken)}.",
+                param="messages",
+            )

@@ -15,7 +15,7 @@ from tokenfleet.engines.tokenizer import Tokenizer
 from tokenfleet.wire.chat import ChatRequest, GenerationParams, ResponseFormat, ScoreRequest
 from tokenfleet.wire.errors import InvalidRequest, StreamInterrupted
 from tokenfleet.wire.ledger import Claim
-from tokenfleet.wire.media import check_modalities
+from tokenfleet.wire.requests import check_modalities
 from tokenfleet.workers.settings import WorkerSettings
 from tokenfleet.workers.takeover import Delivered
 
@@ -78,7 +78,7 @@ class Served:
 
     def check_media(self, request: ChatRequest) -> None:
         """Before any medium is fetched. Raises `InvalidRequest` (``unsupported_modality``)."""
-        check_modalities(self.engine.info.modalities, request.media)
+        check_modalities(self.engine.info.modalities, (part.type for part in request.media))
 
     async def prepare(
         self, request: ChatRequest | ScoreRequest, claim: Claim, delivered: Delivered, media: tuple[Media, ...] = ()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable
 
-from tokenfleet.engines.base import Media
 from tokenfleet.wire.errors import InvalidRequest
 
 
@@ -15,18 +13,6 @@ def invalid(message: str, hint: str = "") -> InvalidRequest:
 
 def too_large(message: str, hint: str) -> InvalidRequest:
     return InvalidRequest(message, code="media_too_large", hint=hint, param="messages")
-
-
-def check_kinds(modalities: Collection[str], media: Iterable[Media]) -> None:
-    """Raises `InvalidRequest` (``unsupported_modality``) for the first medium that the model can't take."""
-    for medium in media:
-        if medium.kind not in modalities:
-            raise InvalidRequest(
-                f"This model takes no {medium.kind}.",
-                code="unsupported_modality",
-                hint=f"It takes: {', '.join(modalities)}.",
-                param="messages",
-            )
 
 
 class Deadline:
