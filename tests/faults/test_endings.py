@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from celery import Celery
 
-from tests.faults.trial import Trial, aborted, ledger_of, running
+from tests.faults.trial import Reading, Trial, aborted, ledger_of, running
 from tests.fleets import ROOT, Fleet, wait_until
 from tokenfleet.wire.errors import JobCancelled, JobExpired
 from tokenfleet.wire.keys import Keys
@@ -31,15 +31,18 @@ def test_cancel_against_finish_gives_one_end(fleet: Fleet) -> None:
     chance = random.Random(11)
     with Trial(fleet) as trial:
         jobs = trial.submit_many(150, max_new_tokens=40)
-        trial.watch(jobs)
+        readings = trial.watch(jobs)
         trial.fault("cancels", cuts=False)
 
-        async def cancel(job_id: str) -> str:
-            await asyncio.sleep(chance.random() * 0.4)
-            return await trial.client.aio.job(job_id).cancel("raced")
+        async def cancel(reading: Reading) -> str:
+            """After so many deltas, or at the end if there are fewer: on any machine some are early and some late."""
+            wanted = chance.randrange(20)
+            while len(reading.delta_times) < wanted and not reading.future.done():
+                await asyncio.sleep(0.005)
+            return await trial.client.aio.job(reading.job.id).cancel("raced")
 
         async def cancel_all() -> list[str]:
-            return await asyncio.gather(*(cancel(job.id) for job in jobs))
+            return await asyncio.gather(*(cancel(reading) for reading in readings))
 
         said = trial.client.thread.run(cancel_all())
         trial.judge()
