@@ -187,6 +187,11 @@ class AsyncClient:
     ) -> None:
         await self.aclose()
 
+    @property
+    def tasks(self) -> set[asyncio.Task[Any]]:
+        """Its own, which `aclose` ends in their order."""
+        return self._background | (self._collecting.tasks if self._collecting is not None else set())
+
     async def aclose(self) -> None:
         await asyncio.gather(*self._background, return_exceptions=True)
         await self.media.aclose()

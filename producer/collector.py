@@ -193,6 +193,10 @@ class Collector:
         self._tasks: list[asyncio.Task[None]] = []
         self._leaving: set[asyncio.Task[None]] = set()
 
+    @property
+    def tasks(self) -> set[asyncio.Task[None]]:
+        return self._leaving | set(self._tasks)
+
     async def close(self) -> None:
         await asyncio.gather(*self._leaving, return_exceptions=True)
         for task in self._tasks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 from collections.abc import Coroutine, Generator, Iterable, Mapping, Sequence
 from types import TracebackType
@@ -31,9 +32,16 @@ class LoopThread:
         self._thread.start()
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        """Raises `RuntimeError` if the loop is closed, before or meanwhile."""
+        try:
+            future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        except RuntimeError:
+            coroutine.close()
+            raise RuntimeError("This client is closed.") from None
         try:
             return future.result()
+        except concurrent.futures.CancelledError:
+            raise RuntimeError("This client was closed by another thread.") from None
         except BaseException:
             future.cancel()
             raise
@@ -44,9 +52,19 @@ class LoopThread:
 
     def close(self) -> None:
         if self._thread.is_alive():
+            self.run(_nothing_left())
             self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join()
             self.loop.close()
+
+
+async def _nothing_left(but: Iterable[asyncio.Task[Any]] = ()) -> None:
+    """Cancel what runs on this loop, wait until it has ended, and let the sockets that it closed leave the loop."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()} - set(but)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.sleep(0)  # a transport closes its socket in the loop's next round
 
 
 class JobStream:
@@ -158,8 +176,13 @@ class Client:
 
     def close(self) -> None:
         if not self.thread.loop.is_closed():
-            self.thread.run(self.aio.aclose())
+            self.thread.run(self._aclose())
             self.thread.close()
+
+    async def _aclose(self) -> None:
+        # Other threads' calls first: what they ask for after the end of the pool opens connections that nobody closes.
+        await _nothing_left(but=self.aio.tasks)
+        await self.aio.aclose()
 
     def submit(self, messages: Messages = (), *, job_id: str | None = None, **named: Any) -> Job:
         """Queue a chat and return at once; see `AsyncClient.submit`."""

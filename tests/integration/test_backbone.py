@@ -158,3 +158,31 @@ def test_many_threads_may_use_one_client(client: Client) -> None:
         thread.join(30)
     assert len(texts) == 8
     assert len(set(texts)) == 1
+
+
+def test_closing_a_client_ends_other_threads_calls_and_leaves_no_socket(served: Fleet) -> None:
+    client = served.client()
+    jobs = client.submit_many(["count"] * 8, max_new_tokens=2000)
+    said: list[object] = []
+
+    def wait(job: Job) -> None:
+        try:
+            said.append(job.result())
+        except RuntimeError as error:
+            said.append(str(error))
+
+    threads = [threading.Thread(target=wait, args=(job,)) for job in jobs]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: jobs[-1].status().state == "running", 20, "the last one runs")
+    pool = client.aio.ledger.client.connection_pool
+    client.close()
+    for thread in threads:
+        thread.join(20)
+    assert said == ["This client was closed by another thread."] * 8
+    assert not [c for c in (*pool._available_connections, *pool._in_use_connections) if c.is_connected]
+    with pytest.raises(RuntimeError, match="closed"):
+        client.models()
+    with served.client() as another:
+        for job in jobs:
+            another.job(job.id).cancel()
