@@ -153,28 +153,18 @@ def redacted(url: str) -> str:
 def connect(url: str, **options: Any) -> Any:
     """A ``redis.Redis`` for any supported URL, Sentinel included; ``options`` are redis-py's own."""
     import redis
-    import redis.sentinel
 
     address = parse(url)
     if address.scheme != "sentinel":
         return redis.Redis.from_url(address.for_redis_py(), **options)
-    sentinel: Any = redis.sentinel.Sentinel  # redis-py has no types for it
-    client = sentinel(list(address.hosts)).master_for(address.master_name, **_login_options(address), **options)
-    pool, disconnect = client.connection_pool, client.connection_pool.disconnect
+    from tokenfleet.wire import sentinels
 
-    def disconnect_all(*args: Any, **kwargs: Any) -> None:  # redis-py leaves those to the sentinels open
-        disconnect(*args, **kwargs)
-        for node in pool.sentinel_manager.sentinels:
-            node.close()
-
-    pool.disconnect = disconnect_all
-    return client
+    return sentinels.connect(list(address.hosts), address.master_name, _login_options(address) | options)
 
 
 def connect_async(url: str, **options: Any) -> Any:
     """A ``redis.asyncio.Redis`` for any supported URL; see `connect`."""
     import redis.asyncio
-    import redis.asyncio.sentinel
 
     from tokenfleet.wire.cancellable import make_cancellable
 
@@ -185,17 +175,9 @@ def connect_async(url: str, **options: Any) -> Any:
             address.for_redis_py(), max_connections=_MOST_CONNECTIONS, timeout=_WAIT_FOR_CONNECTION_S, **options
         )
         return make_cancellable(redis.asyncio.Redis.from_pool(pool))
-    sentinel: Any = redis.asyncio.sentinel.Sentinel
-    client = sentinel(list(address.hosts)).master_for(address.master_name, **_login_options(address), **options)
-    pool, disconnect = client.connection_pool, client.connection_pool.disconnect
+    from tokenfleet.wire import sentinels
 
-    async def disconnect_all(*args: Any, **kwargs: Any) -> None:
-        await disconnect(*args, **kwargs)
-        for node in pool.sentinel_manager.sentinels:
-            await node.aclose()
-
-    pool.disconnect = disconnect_all
-    return make_cancellable(client)
+    return sentinels.connect_async(list(address.hosts), address.master_name, _login_options(address) | options)
 
 
 def _login_options(address: RedisAddress) -> dict[str, Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -60,6 +63,23 @@ async def test_redis_py_finds_the_master_through_the_sentinel(sentinel_url: str)
         assert client.client_info()["db"] == 1
     async with urls.connect_async(sentinel_url) as client:
         assert await client.get("k") == b"v"
+
+
+async def test_calls_at_once_lose_no_sentinel(sentinel_url: str) -> None:
+    """The first one named is dead; it may be the one that lives when the other dies."""
+    dead = free_port()
+    both = sentinel_url.replace("@", f"@127.0.0.1:{dead},")
+    async with urls.connect_async(both) as client:
+        assert await asyncio.gather(*(client.get("k") for _ in range(20))) == [None] * 20
+        assert ports_of(client.connection_pool) == tuple(sorted((dead, urls.parse(sentinel_url).hosts[0][1])))
+    with urls.connect(both) as client, ThreadPoolExecutor(10) as threads:
+        assert list(threads.map(client.get, ["k"] * 20)) == [None] * 20
+        assert ports_of(client.connection_pool) == tuple(sorted((dead, urls.parse(sentinel_url).hosts[0][1])))
+
+
+def ports_of(pool: Any) -> tuple[int, ...]:
+    nodes = pool.sentinel_manager.sentinels
+    return tuple(sorted(node.connection_pool.connection_kwargs["port"] for node in nodes))
 
 
 def test_celerys_transport_finds_it_too(sentinel_url: str) -> None:
