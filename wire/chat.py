@@ -8,9 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_serializer, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _strings(stop: Any) -> Any:
+    """One stop string is a list of one, and none an empty one."""
+    if isinstance(stop, str):
+        return (stop,)
+    return () if stop is None else tuple(stop) if isinstance(stop, list) else stop
 
 
 class _Wire(BaseModel):
@@ -108,22 +115,15 @@ class GenerationParams(_Wire):
     logit_bias: dict[int, Annotated[Finite, Field(ge=-100, le=100)]] = Field(default_factory=dict)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
-    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), max_length=16)
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_strings)] = Field(
+        (), max_length=16
+    )
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     seed: int | None = Field(None, ge=0, lt=2**63)
     n: int = Field(1, ge=1, le=128, validation_alias=AliasChoices("n", "num_return_sequences"))
     skip_special_tokens: bool = True
     response_format: ResponseFormat = ResponseFormat()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_stop_is_a_list(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("stop"), str):
-            return {**values, "stop": (values["stop"],)}
-        if isinstance(values, dict) and values.get("stop", ()) is None:
-            return {**values, "stop": ()}
-        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -5,7 +5,7 @@
     │   ├── InvalidRequest          invalid_request, unsupported_parameter, invalid_media, media_mismatch,
     │   │                           media_too_large, unsupported_media, unsupported_modality, url_refused, ...
     │   ├── ContextLengthExceeded   context_length_exceeded
-    │   ├── UnknownModel            unknown_model
+    │   ├── UnknownModel            model_not_found
     │   ├── UnknownJob              unknown_job (never existed, or its retention is over)
     │   ├── JobConflict             job_conflict (same id, other body)
     │   └── Unauthorized            missing_api_key, invalid_api_key
@@ -86,7 +86,7 @@ class ContextLengthExceeded(CallerError):
 
 
 class UnknownModel(CallerError):
-    code = "unknown_model"
+    code = "model_not_found"
     http_status = 404
 
 

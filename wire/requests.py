@@ -5,9 +5,9 @@ from __future__ import annotations
 import datetime as dt
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from tokenfleet.wire.chat import ChatRequest, GenerationParams, Message, ScoreRequest
 from tokenfleet.wire.errors import InvalidRequest
@@ -20,12 +20,17 @@ _REQUEST_NAMES = frozenset(ChatRequest.model_fields) - {"kind", "messages", "par
 _OPTION_NAMES = frozenset(JobOptions.model_fields) | {"countdown", "eta"}
 _MEDIA_NAMES = ("images", "videos", "audios")
 _MAX_TOKENS = ("max_new_tokens", "max_tokens")
+M = TypeVar("M", bound=BaseModel)
+_any: TypeAdapter[Any] = TypeAdapter(Any)
 
 
-def chat_request(messages: Messages, named: Mapping[str, Any]) -> tuple[ChatRequest, JobOptions]:
+def chat_request(
+    messages: Messages, named: Mapping[str, Any], *, is_json: bool = False
+) -> tuple[ChatRequest, JobOptions]:
     """Build a request and its job options from keyword arguments by their names. Raises `InvalidRequest`.
 
-    The caller's objects are never changed. A string is one user message. None means "not given"."""
+    The caller's objects are never changed. A string is one user message. None means "not given". ``is_json``: the
+    values were read out of JSON, where each has its type: "1" is no number, and 1 is not true."""
     request: dict[str, Any] = {}
     options: dict[str, Any] = {}
     params: dict[str, Any] = {}
@@ -46,28 +51,35 @@ def chat_request(messages: Messages, named: Mapping[str, Any]) -> tuple[ChatRequ
         else:
             params[name] = value
     if "tools" in request:
-        request["tools"] = _tools(request["tools"])
+        request["tools"] = _tools(request["tools"], is_json)
     if "max_length" in params and not any(name in params for name in _MAX_TOKENS):
         params["max_new_tokens"] = None  # the caller bounds the whole length instead
     if messages or "prompt" not in request:
         request["messages"] = _messages(messages)
     try:
-        request["params"] = GenerationParams.model_validate(params)
-        return ChatRequest.model_validate(request), _options(options)
+        valid = _validated(GenerationParams, params, is_json)
+        return _validated(ChatRequest, request, is_json).model_copy(update={"params": valid}), _options(options)
     except ValidationError as error:
         raise invalid(error, "chat request") from error
 
 
-def score_request(texts: Sequence[str], named: Mapping[str, Any]) -> tuple[ScoreRequest, JobOptions]:
+def score_request(
+    texts: Sequence[str], named: Mapping[str, Any], *, is_json: bool = False
+) -> tuple[ScoreRequest, JobOptions]:
     """Like `chat_request`, for texts to be scored."""
     options = {name: value for name, value in named.items() if name in _OPTION_NAMES and value is not None}
     rest = {name: value for name, value in named.items() if name not in _OPTION_NAMES and value is not None}
     if isinstance(texts, str):
         raise InvalidRequest("texts: a list of strings is needed, not one string.", param="texts")
     try:
-        return ScoreRequest.model_validate({"texts": tuple(texts), **rest}), _options(options)
+        return _validated(ScoreRequest, {"texts": tuple(texts), **rest}, is_json), _options(options)
     except ValidationError as error:
         raise invalid(error, "score request") from error
+
+
+def _validated(model: type[M], values: dict[str, Any], is_json: bool) -> M:
+    # pydantic's strict mode knows that JSON has no tuples and no numbers as keys, if it is JSON that it is given.
+    return model.model_validate_json(_any.dump_json(values), strict=True) if is_json else model.model_validate(values)
 
 
 def _messages(messages: Messages) -> tuple[Any, ...]:
@@ -78,8 +90,10 @@ def _messages(messages: Messages) -> tuple[Any, ...]:
     return tuple(dict(m) if isinstance(m, Mapping) else m for m in messages)
 
 
-def _tools(tools: Any) -> tuple[Any, ...]:
+def _tools(tools: Any, is_json: bool) -> tuple[Any, ...]:
     """LLaMA-Factory takes tools as JSON text, OpenAI's clients as a list."""
+    if is_json and not isinstance(tools, list):
+        raise InvalidRequest("tools: a list of objects is needed.", param="tools")
     if isinstance(tools, str):
         if not tools.strip():
             return ()

@@ -18,19 +18,20 @@ _OPENAI_DEFAULTS: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0
 _SAME = (
     "temperature", "top_p", "top_k", "min_p", "seed", "stop", "stop_token_ids", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "n", "ignore_eos", "min_tokens", "skip_special_tokens", "adapter", "enable_thinking",
-    "preserve_thinking", "tools", "tool_choice", "parallel_tool_calls",
+    "preserve_thinking", "tools", "tool_choice", "parallel_tool_calls", "logit_bias",
 )  # fmt: skip
 # Understood, and without effect on what is generated.
-_HARMLESS = (
-    "model", "stream", "stream_options", "user", "metadata", "store", "service_tier", "safety_identifier",
-    "prompt_cache_key",
-)  # fmt: skip
+_LABELS: dict[str, tuple[type, str]] = {
+    "user": (str, "a string"), "safety_identifier": (str, "a string"), "prompt_cache_key": (str, "a string"),
+    "service_tier": (str, "a string"), "store": (bool, "true or false"), "metadata": (Mapping, "an object"),
+}  # fmt: skip
+_HARMLESS = ("model", "stream", "stream_options", *_LABELS)
 _JOB = ("priority",)
 _OURS = ("retention_s",)
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-_COMPLETION = ("prompt", "suffix", "best_of", "echo", "max_tokens", "logprobs", "logit_bias", *CONSTRAINTS)
-_CHAT = ("messages", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "logit_bias",
-         "chat_template_kwargs", "reasoning_effort", *CONSTRAINTS)  # fmt: skip
+_COMPLETION = ("prompt", "suffix", "best_of", "echo", "max_tokens", "logprobs", *CONSTRAINTS)
+_CHAT = ("messages", "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "chat_template_kwargs",
+         "reasoning_effort", *CONSTRAINTS)  # fmt: skip
 # OpenAI's, that nothing here can do; saying so is better than leaving them out, whatever the setting.
 _REFUSED = {
     "functions": "Use tools.", "function_call": "Use tool_choice.", "audio": "", "prediction": "",
@@ -52,12 +53,11 @@ def from_chat_body(
     for name in ("max_tokens", "max_completion_tokens"):
         if body.get(name) is not None:
             named["max_new_tokens"] = body[name]
-    if body.get("logprobs"):
-        named |= {"logprobs": body["logprobs"], "top_logprobs": body.get("top_logprobs") or 0}
-    elif body.get("top_logprobs"):
+    named |= {name: body[name] for name in ("logprobs", "top_logprobs") if body.get(name) is not None}
+    if body.get("top_logprobs") and body.get("logprobs") in (None, False):
         raise InvalidRequest("top_logprobs needs logprobs: true.", param="top_logprobs")
     with in_callers_words(body):
-        return chat_request([message_of(m, k, settings) for k, m in enumerate(messages)], named)
+        return chat_request([message_of(m, k, settings) for k, m in enumerate(messages)], named, is_json=True)
 
 
 def from_completion_body(
@@ -71,7 +71,7 @@ def from_completion_body(
     if len(prompts) > settings.max_prompts:
         raise InvalidRequest(f"prompt: at most {settings.max_prompts} are taken.", param="prompt")
     for name, allowed in (("suffix", None), ("best_of", 1), ("echo", False)):
-        if body.get(name) not in (None, allowed):
+        if (given := body.get(name)) is not None and not (type(given) is type(allowed) and given == allowed):
             raise InvalidRequest(f"{name} is not supported.", code="unsupported_parameter", param=name)
     check_fields(body, {*_SAME, *_HARMLESS, *_JOB, *_OURS, *_COMPLETION}, settings)
     named = named_of(body, settings, tenant, cancel_on_disconnect)
@@ -79,12 +79,13 @@ def from_completion_body(
     if body.get("logprobs") is not None:
         named |= {"logprobs": True, "top_logprobs": body["logprobs"]}
     with in_callers_words(body):
-        return [chat_request((), {**named, "prompt": p if isinstance(p, str) else tuple(p or ())}) for p in prompts]
+        return [chat_request((), {**named, "prompt": p}, is_json=True) for p in prompts]
 
 
 _OUR_WORDS = {
     "max_new_tokens": ("max_output_tokens", "max_completion_tokens", "max_tokens"),
     "template_kwargs": ("chat_template_kwargs",),
+    "top_logprobs": ("top_logprobs", "logprobs"),
 }
 
 
@@ -106,7 +107,11 @@ def in_callers_words(body: Mapping[str, Any]) -> Iterator[None]:
 
 
 def check_fields(body: Mapping[str, Any], known: Set[str], settings: GatewaySettings) -> None:
-    """Raises `InvalidRequest` for what can't be done, and, unless unknown fields are to be ignored, for those."""
+    """Raises `InvalidRequest` for what can't be done, for labels of the wrong type, and, unless unknown fields are to
+    be ignored, for those."""
+    for name, (kind, words) in _LABELS.items():
+        if body.get(name) is not None and not isinstance(body[name], kind):
+            raise InvalidRequest(f"{name}: {words} is needed.", param=name)
     for name in _REFUSED.keys() & body.keys():
         if body[name] is not None:
             raise InvalidRequest(
@@ -120,8 +125,6 @@ def named_of(body: Mapping[str, Any], settings: GatewaySettings, tenant: str, ca
     """The arguments by name that all of OpenAI's routes share."""
     named = dict(_OPENAI_DEFAULTS)
     named |= {name: body[name] for name in (*_SAME, *_JOB) if body.get(name) is not None}
-    if bias := body.get("logit_bias"):
-        named["logit_bias"] = bias
     if (constraint := constraint_of(body)) is not None:
         named["response_format"] = constraint
     if (kwargs := body.get("chat_template_kwargs")) is not None:

@@ -46,8 +46,10 @@ def _vllm(body: Mapping[str, Any]) -> dict[str, Any] | None:
         raise InvalidRequest("structured_outputs: an object is needed.", param="structured_outputs")
     outputs = {name: value for name, value in (given or {}).items() if value is not None}
     outputs |= {name: body[old] for name, old in _GUIDED.items() if body.get(old) is not None}
-    if outputs.pop("json_object", False):
-        outputs["json_object"] = True
+    if not isinstance(outputs.get("json_object", False), bool):
+        raise InvalidRequest("structured_outputs: json_object is true or false.", param="structured_outputs")
+    if outputs.get("json_object") is False:
+        del outputs["json_object"]
     if not outputs:
         return None
     if len(outputs) > 1 or not outputs.keys() <= {*_GUIDED, "json_object"}:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
+from contextlib import suppress
 from typing import Any
 
 from starlette.requests import HTTPConnection
@@ -29,18 +30,18 @@ class Guard:
         if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] in OPEN_PATHS):
             await self._app(scope, receive, send)
             return
-        extra: list[tuple[bytes, bytes]] = []
+        rate: Rate | None = None
 
         async def send_with_limits(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), *extra]}
+            if message["type"] == "http.response.start" and rate is not None:
+                told = await self._now(scope, rate)
+                message = {**message, "headers": [*message.get("headers", ()), *told.headers()]}
             await send(message)
 
         try:
             async with translated():
                 rate = await self._let_in(scope, HTTPConnection(scope))
             if rate is not None:
-                extra += rate.headers()
                 rate.raise_if_refused()
         except TokenfleetError as error:
             scope["app"].state.metrics.refusals.labels("", error.code).inc()
@@ -49,7 +50,16 @@ class Guard:
             else:
                 await error_response(error)(scope, receive, send_with_limits)
             return
-        await self._app(scope, receive, send_with_limits if extra else send)
+        await self._app(scope, receive, send_with_limits if rate is not None else send)
+
+    async def _now(self, scope: Scope, rate: Rate) -> Rate:
+        """``rate`` with the tokens that the request itself has taken since: its job's submission takes them."""
+        if scope.get("method") != "POST" or "tokens" not in rate.buckets or not rate.is_allowed:
+            return rate
+        with suppress(TokenfleetError):
+            async with translated():
+                return await scope["app"].state.tenants.take(scope["state"]["tenant"], 0) or rate
+        return rate
 
     async def _let_in(self, scope: Scope, request: HTTPConnection) -> Rate | None:
         app: Any = scope["app"]

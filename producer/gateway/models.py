@@ -45,7 +45,7 @@ async def get_model(name: str, request: Request) -> dict[str, Any]:
     for model in (await list_models(request))["data"]:
         if model["id"] == name:
             return dict(model)
-    raise UnknownModel(f"This fleet serves no model named {name[:128]!r}.", code="model_not_found")
+    raise UnknownModel(f"This fleet serves no model named {name[:128]!r}.", param="model")
 
 
 @router.post("/v1/score/evaluation", openapi_extra=documents.SCORES)
@@ -59,7 +59,7 @@ async def score(request: Request) -> Response:
     key = request.headers.get("idempotency-key")
     named = {"max_length": body.get("max_length"), "tenant": tenant, "retention_s": settings.retention_s,
              "deadline_s": settings.deadline_s, "queue_ttl_s": settings.queue_ttl_s}  # fmt: skip
-    asked, options = score_request(texts, named)
+    asked, options = score_request(texts, named, is_json=True)
     job, _ = await submit(request, asked, options, body, key)
     results, _ = await whole(request, [job])
     answer = {

@@ -26,7 +26,7 @@ _KNOWN = frozenset({
 })  # fmt: skip
 _UNSUPPORTED = ("conversation", "prompt", "context_management", "moderation", "image", "n")
 _LOGPROBS = "message.output_text.logprobs"
-_FLAGS = ("background", "stream", "store", "parallel_tool_calls")
+_FLAGS = ("background", "stream", "parallel_tool_calls")
 
 
 def check(body: Mapping[str, Any], settings: GatewaySettings) -> None:
@@ -38,7 +38,7 @@ def check(body: Mapping[str, Any], settings: GatewaySettings) -> None:
     for name in _FLAGS:
         if not isinstance(body.get(name), bool | None):
             raise InvalidRequest(f"{name}: true or false is needed.", param=name)
-    for name in ("instructions", "previous_response_id", "user"):
+    for name in ("instructions", "previous_response_id", "prompt_cache_retention"):
         if not isinstance(body.get(name), str | None):
             raise InvalidRequest(f"{name}: a string is needed.", param=name)
     if body.get("background") and body.get("store") is False:
@@ -50,7 +50,7 @@ def check(body: Mapping[str, Any], settings: GatewaySettings) -> None:
     metadata = body.get("metadata")
     if metadata is not None and not _is_metadata(metadata):
         raise InvalidRequest("metadata: at most 16 strings of 512 characters are taken.", param="metadata")
-    if not isinstance(body.get("max_tool_calls"), int | None):
+    if not isinstance(body.get("max_tool_calls"), int | None) or isinstance(body.get("max_tool_calls"), bool):
         raise InvalidRequest("max_tool_calls: a number is needed.", param="max_tool_calls")
 
 
@@ -78,11 +78,13 @@ def from_response_body(
     named = named_of(asked, settings, tenant, cancel_on_disconnect)
     if body.get("max_output_tokens") is not None:
         named["max_new_tokens"] = body["max_output_tokens"]
-    if _includes_logprobs(body) or body.get("top_logprobs"):
-        named |= {"logprobs": True, "top_logprobs": body.get("top_logprobs") or 0}
+    if _includes_logprobs(body) or body.get("top_logprobs") is not None:
+        top = body.get("top_logprobs")
+        # A number of none asks for none.
+        named |= {"logprobs": _includes_logprobs(body) or top != 0, "top_logprobs": 0 if top is None else top}
     own = [chat_requests.message_of(message, k, settings) for k, message in enumerate(messages)]
     with in_callers_words(body):
-        return chat_request(_with_instructions([*earlier, *own], body.get("instructions")), named)
+        return chat_request(_with_instructions([*earlier, *own], body.get("instructions")), named, is_json=True)
 
 
 def without_instructions(messages: Sequence[Message], instructions: str | None) -> list[Message]:

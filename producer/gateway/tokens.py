@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from tokenfleet.producer.gateway import documents
 from tokenfleet.producer.gateway.bodies import read_body
-from tokenfleet.producer.gateway.chat_requests import message_of
+from tokenfleet.producer.gateway.chat_requests import in_callers_words, message_of
 from tokenfleet.wire.asks import Question, ask
 from tokenfleet.wire.chat import TextPart
 from tokenfleet.wire.errors import InvalidRequest
@@ -59,11 +59,13 @@ def _question(request: Request, body: dict[str, Any]) -> Question:
     if isinstance(prompt, str) and messages is None:
         if body.get("add_special_tokens") is False:
             return Question(text=prompt, wants_strings=strings)
-        chat, _ = chat_request((), {"prompt": prompt or None})
+        chat, _ = chat_request((), {"prompt": prompt or None}, is_json=True)
     elif isinstance(messages, list) and messages and prompt is None:
         named = {"tools": body.get("tools"), "template_kwargs": body.get("chat_template_kwargs")}
         settings = request.app.state.settings
-        chat, _ = chat_request([message_of(message, k, settings) for k, message in enumerate(messages)], named)
+        with in_callers_words(body):
+            asked = [message_of(message, k, settings) for k, message in enumerate(messages)]
+            chat, _ = chat_request(asked, named, is_json=True)
         if any(not isinstance(p, TextPart) for m in chat.messages if isinstance(m.content, tuple) for p in m.content):
             raise InvalidRequest("Only text can be tokenized here.", code="unsupported_media", param="messages")
     else:

@@ -178,7 +178,7 @@ def test_interrupting_a_watcher_leaves_the_job_alone(shell: Shell) -> None:
         (("watch", "0b5f2c1e-0000-4b7a-8a51-0c2b3d4e5f60"), "unknown_job"),
         (("status", "../../etc/passwd"), "unknown_job"),
         (("cancel", "x"), "unknown_job"),
-        (("submit", "--model", "gpt-9", "hi"), "unknown_model"),
+        (("submit", "--model", "gpt-9", "hi"), "model_not_found"),
         (("submit", "--temperature", "nan", "hi"), "invalid_request"),
         (("submit", "--temperature", "hot", "hi"), "invalid_request"),
         (("submit", "--tags", "x", "hi"), "usage"),
@@ -318,7 +318,7 @@ def test_chat_starts_the_local_fleet_that_its_file_describes(local_shell: Shell,
     local_shell("chat", str(config), "engine_args.context_tokens=4096", stdin="")
     line = local_shell.error("chat", str(config), "engine_args.context_tokens=2048")
     assert line.startswith("error [configuration_error]: ")
-    assert local_shell.error("chat", "--model", "other", stdin="hi\n").startswith("error [unknown_model]")
+    assert local_shell.error("chat", "--model", "other", stdin="hi\n").startswith("error [model_not_found]")
 
 
 def test_a_model_that_cannot_be_loaded_is_told_and_its_fleet_makes_room(local_shell: Shell) -> None:

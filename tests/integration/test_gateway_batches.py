@@ -83,7 +83,7 @@ def test_rows_keep_their_ids_and_a_bad_row_fails_alone(client: openai.OpenAI) ->
     assert set(bad) == {"r7", "r8", "r9"}
     assert {each["response"]["body"]["error"]["code"] for each in bad.values()} == {
         "invalid_request",
-        "unknown_model",
+        "model_not_found",
         "unsupported_parameter",
     }
     assert set(good) == {f"r{k}" for k in range(40)} - set(bad)

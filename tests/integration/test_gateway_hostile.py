@@ -10,6 +10,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from itertools import product
+from typing import Any
 
 import psutil
 import pytest
@@ -108,6 +109,49 @@ def test_a_thousand_hostile_bodies(caller: Caller) -> None:
     assert refusals > 1000
     for path, (good, _) in FIELDS.items():
         assert refused(caller, path, json.dumps(good).encode()) == ""
+
+
+SCORES, TOKENIZE = "/v1/score/evaluation", "/tokenize"
+WRONG_TYPES: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]] = {
+    CHAT: (GOOD, {
+        "temperature": ["0", True], "top_p": ["1"], "top_k": ["5", 1.5], "seed": ["1", True], "n": ["1", True],
+        "max_tokens": ["2", True, 2.5], "logprobs": ["yes", 1, 0, ""], "top_logprobs": ["1", True], "stop": [3, [3]],
+        "stop_token_ids": [["1"], [True]], "logit_bias": [[], {"5": "1"}, {"x": 1}], "stream": [1, "true"],
+        "parallel_tool_calls": ["yes", 0], "tools": ["[]", {}], "enable_thinking": ["no", 1], "ignore_eos": ["no", 0],
+        "adapter": [3], "user": [3], "store": ["no", 0], "metadata": ["x", []], "retention_s": ["5", True],
+    }),
+    TEXT: (GOOD_TEXT, {
+        "temperature": ["0"], "logprobs": [-1, "1", True, 99], "max_tokens": ["2", True], "echo": [0, "no"],
+        "best_of": [True, "1"], "prompt": [3, [1, "2"], [1, True]], "user": [3], "n": ["2"],
+    }),
+    RESPONSES: (GOOD_RESPONSE, {
+        "temperature": ["0"], "max_output_tokens": ["2", True], "top_logprobs": ["1", True, -1], "store": ["no", 0],
+        "background": ["no", 0], "parallel_tool_calls": ["yes"], "max_tool_calls": [True], "user": [3], "seed": ["1"],
+        "service_tier": [3], "prompt_cache_key": [3],
+    }),
+    SCORES: ({"model": MODEL, "messages": ["x"]}, {"max_length": ["3", True], "messages": ["x", [3]]}),
+    TOKENIZE: ({"model": MODEL, "messages": GOOD["messages"]}, {
+        "return_token_strs": [1, "no"], "tools": ["[]"], "chat_template_kwargs": [[], "x"],
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", WRONG_TYPES)
+def test_a_value_of_another_json_type_is_refused_by_its_fields_name(caller: Caller, path: str) -> None:
+    good, fields = WRONG_TYPES[path]
+    for field, values in fields.items():
+        for value in values:
+            status, answer = caller.post(path, json.dumps({**good, field: value}).encode())
+            assert status == 400, (field, value, answer[:300])
+            assert json.loads(answer)["error"]["param"].partition(".")[0] == field, (value, answer[:300])
+
+
+def test_json_types_that_say_the_same_are_taken(caller: Caller) -> None:
+    """Whole numbers for others, one string for a list of one, numbers as an object's names, null for nothing."""
+    same = {"temperature": 0, "top_p": 1, "stop": "x", "logit_bias": {"5": 1}, "seed": None, "logprobs": False}
+    assert refused(caller, CHAT, json.dumps({**GOOD, **same, "top_logprobs": 0, "stop_token_ids": [1]}).encode()) == ""
+    assert refused(caller, TEXT, json.dumps({**GOOD_TEXT, "logprobs": 0, "echo": False, "best_of": 1}).encode()) == ""
+    assert refused(caller, RESPONSES, json.dumps({**GOOD_RESPONSE, "top_logprobs": 0, "user": "x"}).encode()) == ""
 
 
 def test_broken_json_and_broken_text(caller: Caller) -> None:

@@ -268,7 +268,7 @@ def test_tokenize_and_detokenize(gateway: Gateway, client: openai.OpenAI) -> Non
 
 
 @pytest.mark.parametrize(("path", "body", "status", "code"), [
-    ("/tokenize", {"model": "nothing", "prompt": "x"}, 404, "unknown_model"),
+    ("/tokenize", {"model": "nothing", "prompt": "x"}, 404, "model_not_found"),
     ("/tokenize", {"prompt": "x"}, 400, "invalid_request"), ("/tokenize", {"model": MODEL}, 400, "invalid_request"),
     ("/tokenize", {"model": MODEL, "prompt": "x", "messages": MESSAGES}, 400, "invalid_request"),
     ("/tokenize", {"model": MODEL, "messages": [{"role": "judge"}]}, 400, "invalid_request"),
@@ -299,7 +299,7 @@ def test_metrics_tell_what_requests_met_and_nothing_about_them(served: Fleet) ->
             assert 'tokenfleet_time_to_first_token_seconds_count{model="scripted"} 6.0' in text
             assert 'tokenfleet_completion_tokens_total{model="scripted"} 120.0' in text
             assert 'tokenfleet_queue_wait_seconds_count{model="scripted"} 6.0' in text
-            assert 'tokenfleet_refusals_total{code="unknown_model",model=""} 1.0' in text
+            assert 'tokenfleet_refusals_total{code="model_not_found",model=""} 1.0' in text
             assert 'tokenfleet_refusals_total{code="context_length_exceeded",model="scripted"} 1.0' in text
             assert 'tokenfleet_requests_total{route="/v1/chat/completions",status="400"} 2.0' in text
             assert 'tokenfleet_workers{model="scripted"} 1.0' in text
