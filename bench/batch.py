@@ -25,7 +25,7 @@ import httpx2 as httpx
 import psutil
 import redis
 
-from bench.gateway import free_port, running
+from bench.gateway_sides import free_port, running
 from tokenfleet import Client
 from tokenfleet.producer.local_fleet import ensure
 from tokenfleet.wire.local_files import LocalFleetConfig
@@ -69,8 +69,8 @@ class Watch:
 @contextlib.contextmanager
 def gateway(env: dict[str, str], port: int) -> Iterator[psutil.Process]:
     command = [sys.executable, "-m", "tokenfleet.producer.gateway.serve"]
-    with running(command, port, {**env, "TOKENFLEET_GATEWAY_PORT": str(port)}) as process:
-        yield process
+    with running(command, port, {**env, "TOKENFLEET_GATEWAY_PORT": str(port)}) as pids:
+        yield psutil.Process(pids[0])
 
 
 def exactly_once(http: httpx.Client, batch: dict[str, Any], rows: int) -> tuple[int, int]:

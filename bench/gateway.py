@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +38,8 @@ from tokenfleet.wire.events import Delta
 from tokenfleet.wire.local_files import LocalFleetConfig
 
 T = TypeVar("T")
+LITELLM_TOKENS = 128
+"""At most, of a stream: it may be far from keeping pace, and one of the long streams' loads would take minutes."""
 DEFAULT = "1x5,32x5,64x5,128x5,256x5,64x20,128x20,256x20"
 
 
@@ -94,7 +96,8 @@ async def floor_sides(load: Load, litellm: str | None) -> dict[str, Side]:
     with running(command, port) as server:
         sides = {"bare FastAPI": await measured(load, http_client(port, load), {"HTTP": server})}
         if litellm:
-            sides["LiteLLM before it"] = await litellm_side(load, litellm, port)
+            short = replace(load, tokens=min(load.tokens, LITELLM_TOKENS))
+            sides["LiteLLM before it"] = await litellm_side(short, litellm, port)
     return sides
 
 
@@ -118,7 +121,7 @@ def on_uvloop(main: Coroutine[Any, Any, T]) -> T:
 
 def told(load: Load, sides: dict[str, Side]) -> dict[str, object]:
     """Print one load's sides; what goes into the report."""
-    print(f"\n{load}, load average {os.getloadavg()[0]:.1f}")
+    print(f"\n{time.strftime('%Y-%m-%d %H:%M')}, {load}, load average {os.getloadavg()[0]:.1f}")
     for label, side in sides.items():
         print(f"  {label:18} {side}")
     if "gateway" in sides and "fleet's client" in sides:

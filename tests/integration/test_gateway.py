@@ -14,6 +14,8 @@ from typing import Any
 
 import openai
 import pytest
+from openai.types import Completion
+from openai.types.chat import ChatCompletionChunk
 
 from tests.fleets import MODEL, ROOT, Fleet, wait_until
 from tests.gateways import Gateway, start_gateway
@@ -72,6 +74,92 @@ async def test_the_async_client_streams_too(gateway: Gateway) -> None:
     async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none") as client:
         stream = await client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=10, stream=True)
         assert "".join([c.choices[0].delta.content or "" async for c in stream if c.choices])
+
+
+def raw_stream(gateway: Gateway, path: str, body: dict[str, Any]) -> list[tuple[int | None, Any]]:
+    """(id, data) of every server-sent event, up to the last word."""
+    request = urllib.request.Request(
+        f"{gateway.url}/v1{path}", json.dumps({"model": MODEL, "stream": True, **body}).encode()
+    )
+    with urllib.request.urlopen(request, timeout=30) as reply:
+        assert reply.headers["Content-Type"].startswith("text/event-stream")
+        *events, done, rest = reply.read().decode().split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    found = []
+    for event in events:
+        fields = dict(line.split(": ", 1) for line in event.split("\n") if not line.startswith(":"))
+        assert fields.keys() <= {"id", "data"}
+        found.append((int(fields["id"]) if "id" in fields else None, json.loads(fields["data"])))
+    return found
+
+
+def text_chunk(data: dict[str, Any]) -> None:
+    # OpenAI's one type for it is the whole answer's, which has an end.
+    choices = [choice | {"finish_reason": choice["finish_reason"] or "stop"} for choice in data["choices"]]
+    Completion.model_validate(data | {"choices": choices}, strict=True)
+
+
+def chat_chunk(data: dict[str, Any]) -> None:
+    ChatCompletionChunk.model_validate(data, strict=True)
+
+
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+CALL = '<tool_call>\n{"name": "look", "arguments": {"at": "it"}}\n</tool_call>'
+USAGE = {"stream_options": {"include_usage": True}}
+
+
+@pytest.mark.parametrize(("path", "body", "reasons"), [
+    ("/chat/completions", {"messages": MESSAGES, "max_tokens": 6}, ["length"]),
+    ("/chat/completions", {"messages": MESSAGES, "max_tokens": 6, "n": 3, "logprobs": True, "top_logprobs": 2, **USAGE},
+     ["length"] * 3),
+    ("/chat/completions", {"messages": MESSAGES, "max_tokens": 6, "n": 2,
+                           "stream_options": {"include_usage": True, "continuous_usage_stats": True}}, ["length"] * 2),
+    ("/chat/completions", {"messages": [{"role": "user", "content": f"[[say: {json.dumps('a b' + CALL + CALL)}]]"}],
+                           "tools": [TOOL], **USAGE}, ["tool_calls"]),
+    ("/chat/completions", {"messages": [{"role": "user", "content": '[[say: "<think>so</think>yes"]]'}],
+                           "enable_thinking": True, **USAGE}, ["stop"]),
+    ("/completions", {"prompt": "Go.", "max_tokens": 6}, ["length"]),
+    ("/completions", {"prompt": ["Go.", "On."], "max_tokens": 6, "n": 2, "logprobs": 2, **USAGE}, ["length"] * 4),
+], ids=["chat", "choices", "usage so far", "calls", "thoughts", "text", "texts"])  # fmt: skip
+def test_every_event_of_a_stream_has_openais_shape(
+    gateway: Gateway, path: str, body: dict[str, Any], reasons: list[str]
+) -> None:
+    events = raw_stream(gateway, path, body)
+    ids = [number for number, _ in events if number is not None]
+    if not isinstance(body.get("prompt"), list):  # each prompt is a job with numbers of its own
+        assert ids == sorted(set(ids))
+    ended: dict[int, str] = {}
+    begun: set[int] = set()
+    for _, data in events:
+        (chat_chunk if path.startswith("/chat") else text_chunk)(data)
+        assert {name: data[name] for name in ("id", "created", "model")} == {
+            name: events[0][1][name] for name in ("id", "created", "model")
+        }
+        for choice in data["choices"]:
+            assert choice["index"] not in ended
+            if path.startswith("/chat"):  # the role comes once, first
+                assert ("role" in choice["delta"]) == (choice["index"] not in begun)
+            begun.add(choice["index"])
+            if choice["finish_reason"]:
+                ended[choice["index"]] = choice["finish_reason"]
+    assert [ended[index] for index in sorted(ended)] == reasons
+    last = events[-1][1]
+    assert (last["choices"] == []) == ("stream_options" in body)
+    if "stream_options" in body:
+        usage = last["usage"]
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+        assert all(data["choices"] for _, data in events[:-1])
+
+
+def test_a_stream_that_fails_says_so_in_its_last_event(gateway: Gateway) -> None:
+    messages = [{"role": "user", "content": "[[fault: raise at 5]]"}]
+    *chunks, (_, last) = raw_stream(gateway, "/chat/completions", {"messages": messages, "max_tokens": 20})
+    for _, data in chunks:
+        chat_chunk(data)
+        assert not any(choice["finish_reason"] for choice in data["choices"])
+    assert chunks
+    assert last["error"].keys() == {"message", "type", "param", "code"}
+    assert last["error"]["code"]
 
 
 def test_stop_strings_and_vllms_extras(client: openai.OpenAI) -> None:
