@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from tokenfleet.wire.errors import ConfigurationError
@@ -22,3 +23,20 @@ def scaled(rope: object, context_tokens: int | None, kind: RopeScaling) -> tuple
     if kind == "llama3":
         changed |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     return changed, 2 * context_tokens
+
+
+def overridden(folder: Path, kind: RopeScaling, *, trust_remote_code: bool) -> tuple[dict[str, Any], int]:
+    """What vLLM and SGLang are to read otherwise in the configuration of the model in ``folder``, and the context in
+    tokens that this gives. Raises `ConfigurationError`."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    text_config = config.get_text_config()
+    rope, context = scaled(
+        getattr(text_config, "rope_parameters", None), getattr(text_config, "max_position_embeddings", None), kind
+    )
+    changed: dict[str, Any] = {"rope_parameters": rope}
+    if kind != "linear":  # there both multiply the model's own limit themselves
+        changed["max_position_embeddings"] = context
+    # Of a model of several parts, the text's part is overridden within.
+    return (changed if text_config is config else {"text_config": changed}), context

@@ -83,6 +83,25 @@ SGLANG_MEDIA: Mapping[str, frozenset[str]] = {
 """The architectures whose media SGLang is given, each checked against transformers; others get texts only. What
 transformers and vLLM take follows from the model's processor there (docs/media.md)."""
 
+_SGLANG_MODELS = "https://github.com/sgl-project/sglang/blob/v0.5.23/python/sglang/srt/models"
+REFUSED_SGLANG_MEDIA: Mapping[str, Refusal] = {
+    "LlavaNextForConditionalGeneration": Refusal(
+        "SGLang has LLaVA-NeXT as its authors first published it, not in the form that transformers has it.",
+        f"{_SGLANG_MODELS}/llava.py",
+    ),
+    "InternVLForConditionalGeneration": Refusal(
+        "SGLang has InternVL with its authors' own code, not in the form that transformers has it.",
+        f"{_SGLANG_MODELS}/internvl.py",
+    ),
+    "PaliGemmaForConditionalGeneration": Refusal("SGLang has no PaliGemma.", _SGLANG_MODELS),
+    "Gemma3ForConditionalGeneration": Refusal(
+        "An image's tokens attend to one another with one of SGLang's attention backends only, and not where a prompt "
+        "is read in pieces or its beginning is cached.",
+        f"{_SGLANG_MODELS}/gemma3_mm.py",
+    ),
+}
+"""By architecture: why SGLang is not given its media; for others it is `OTHER_SGLANG_MEDIA`."""
+
 OTHER_SGLANG_MEDIA = Refusal(
     "SGLang's models each want tensors in a form of their own, and it prepares these with processors that decode, "
     "sample and count otherwise than the other engines.",

@@ -81,6 +81,7 @@ class AsyncioPool(BasePool):
         self._quit_listeners: list[Callable[[int], object]] = []
         self._is_closed = False
         self._is_ending = False
+        self._stop_reasons: set[str] = set()
         signals.celeryd_after_setup.connect(self._meet_worker)
         signals.worker_shutting_down.connect(self._on_shutdown_signal)
         signals.worker_shutdown.connect(self._after_shutdown)
@@ -118,7 +119,9 @@ class AsyncioPool(BasePool):
 
         Running tasks finish, or, if ``is_cold``, are cancelled and their messages go back into the queue. After
         ``within_s`` the process is ended wherever it is."""
-        logger.critical("The worker stops: %s", reason)
+        if reason not in self._stop_reasons:  # a dead engine is met by each of its jobs
+            self._stop_reasons.add(reason)
+            logger.critical("The worker stops: %s", reason)
         if is_cold:
             state.should_terminate = exit_code
         else:

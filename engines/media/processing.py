@@ -94,7 +94,7 @@ class MediaProcessor:
         inputs: dict[str, Any] = {}
         if decoded.images:
             options = merged["images_kwargs"]
-            options |= cutting(self._settings)
+            options |= cutting(self._settings, processor.image_processor)
             made, written = processor._process_images(list(decoded.images), **options)
             inputs.update(made)
             texts["image"] = tuple(written)
@@ -154,9 +154,15 @@ def check_settings(processor: Any, settings: MediaSettings) -> None:
         )
 
 
-def cutting(settings: MediaSettings) -> dict[str, Any]:
-    """What an image processor is told of cutting images."""
-    return (_PAN_AND_SCAN if settings.image_do_pan_and_scan else {}) | (_TILES if settings.crop_to_patches else {})
+def cutting(settings: MediaSettings, image: Any) -> dict[str, Any]:
+    """What a model's processor is told of cutting images. ``image``: its image processor.
+
+    A processor of InternVL would cut by itself, whatever its image processor says: LLaMA-Factory asks the latter."""
+    told = dict(_PAN_AND_SCAN) if settings.image_do_pan_and_scan else {}
+    if settings.crop_to_patches:
+        return told | _TILES
+    own = getattr(image, "crop_to_patches", None)
+    return told if own is None else {**told, "crop_to_patches": own}
 
 
 def load_processor(

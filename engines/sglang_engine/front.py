@@ -128,6 +128,9 @@ class FrontEnd(Engine):
             raise
         finally:
             atexit.unregister(self.shutdown)  # it would end all of this process's children
+        if (loop := getattr(self, "loop", None)) is not None:  # for its blocking methods, which nobody calls here
+            asyncio.set_event_loop(None)
+            loop.close()
         self.tokenizer_manager._subprocess_watchdog.stop()  # it would send SIGQUIT to this process
         self.children = [psutil.Process(pid) for pid in self._scheduler_init_result.all_child_pids]
         self.pool_tokens = int(self._scheduler_init_result.scheduler_infos[0]["max_total_num_tokens"])

@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenfleet.engines.base import EngineInfo
 from tokenfleet.engines.folders import Folders, architectures, eos_ids, first_line
+from tokenfleet.engines.rope import overridden
 from tokenfleet.engines.sglang_engine.front import FrontEnd
 from tokenfleet.engines.sglang_engine.media import SglangMedia, media_processor
 from tokenfleet.engines.sglang_engine.options import SglangOptions
@@ -76,7 +77,8 @@ def load(options: SglangOptions) -> LoadedSglang:
         fingerprint=folders.fingerprint(
             options,
             dtype=str(model.dtype),
-            quantization=options.quantization,
+            quantization=_method(options),
+            rope_scaling=options.rope_scaling,
             # All of it: which of SGLang's arguments change the numbers is for SGLang to know.
             sglang_config={name: repr(value) for name, value in sorted(options.sglang_config.items())},
             sglang=sglang.__version__,
@@ -112,13 +114,14 @@ def _arguments(folder: Path, lora: Mapping[str, Path], options: SglangOptions) -
         "skip_tokenizer_init": True,
         "trust_remote_code": options.trust_remote_code,
         "dtype": options.infer_dtype,
-        "quantization": options.quantization,
         "context_length": options.sglang_maxlen,
         "tp_size": options.sglang_tp_size or max(1, torch.cuda.device_count()),
         "max_running_requests": options.max_batch_size,
         "sampling_backend": "pytorch",
         "grammar_backend": "none",
         "is_embedding": _is_classifier(folder),
+        **_quantization(options),
+        **_rope(folder, options),
     }
     if options.sglang_mem_fraction is not None:
         args["mem_fraction_static"] = options.sglang_mem_fraction
@@ -130,6 +133,36 @@ def _arguments(folder: Path, lora: Mapping[str, Path], options: SglangOptions) -
         if not torch.cuda.is_available():
             args.setdefault("lora_backend", "torch_native")
     return args
+
+
+def _method(options: SglangOptions) -> str | None:
+    """SGLang's name of it."""
+    return options.quantization or {None: None, 4: "bitsandbytes", 8: "fp8"}[options.quantization_bit]
+
+
+def _quantization(options: SglangOptions) -> dict[str, Any]:
+    import torch
+
+    method = _method(options)
+    if options.quantization_bit is not None and not torch.cuda.is_available():
+        # Its loader of 4 bits moves the weights to a GPU; fp8 there is kernels of its own.
+        raise ConfigurationError(
+            f"quantization_bit={options.quantization_bit}: SGLang has no {method} on a CPU.",
+            hint="Use a checkpoint that is quantised already, or transformers.",
+        )
+    # bitsandbytes has a loader of its own, which takes safetensors only.
+    return {"quantization": method} | ({"load_format": "bitsandbytes"} if method == "bitsandbytes" else {})
+
+
+def _rope(folder: Path, options: SglangOptions) -> dict[str, Any]:
+    if options.rope_scaling is None:
+        return {}
+    try:
+        given = json.loads(options.sglang_config.get("json_model_override_args") or "{}")
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError("sglang_config: json_model_override_args must be JSON text.") from error
+    changed, _ = overridden(folder, options.rope_scaling, trust_remote_code=options.trust_remote_code)
+    return {"json_model_override_args": json.dumps({**given, **changed})}
 
 
 def _is_classifier(folder: Path) -> bool:

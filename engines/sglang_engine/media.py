@@ -18,7 +18,7 @@ from tokenfleet.engines.media.failures import invalid
 from tokenfleet.engines.media.processing import MediaProcessor, load_processor
 from tokenfleet.engines.sglang_engine import compat
 from tokenfleet.engines.sglang_engine.options import SglangOptions
-from tokenfleet.engines.support import OTHER_SGLANG_MEDIA, SGLANG_MEDIA
+from tokenfleet.engines.support import OTHER_SGLANG_MEDIA, REFUSED_SGLANG_MEDIA, SGLANG_MEDIA
 from tokenfleet.engines.templates.expansion import Expansion
 from tokenfleet.wire.errors import InvalidRequest
 
@@ -94,13 +94,12 @@ class SglangMedia:
 
 def media_processor(folder: Path, tokenizer: Any, options: SglangOptions) -> MediaProcessor | None:
     """None for a model of texts, or one whose media SGLang is not given. Raises `ConfigurationError`."""
-    if SGLANG_MEDIA.keys() & set(architectures(folder)):
+    names = set(architectures(folder))
+    if SGLANG_MEDIA.keys() & names:
         return load_processor(folder, tokenizer, options, trust_remote_code=options.trust_remote_code)
     if any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
-        log.warning(
-            "This model gets texts only. %s Serve it with transformers or vLLM. See %s",
-            OTHER_SGLANG_MEDIA.reason, OTHER_SGLANG_MEDIA.source,
-        )  # fmt: skip
+        why = next(map(REFUSED_SGLANG_MEDIA.__getitem__, REFUSED_SGLANG_MEDIA.keys() & names), OTHER_SGLANG_MEDIA)
+        log.warning("This model gets texts only. %s Serve it with transformers or vLLM. See %s", why.reason, why.source)
     return None
 
 

@@ -1,8 +1,8 @@
 """In a scheduler process: what of a model sees and hears, where SGLang's own has none of it or another one.
 
 SGLang 0.5.23's `LlavaForConditionalGeneration` knows the tower of Pixtral alone, not CLIP or SigLIP, which LLaVA's
-checkpoints have; its Qwen2-Audio lets a sound attend to the silence that it is padded with. Here both are computed as
-transformers does.
+checkpoints have; its Qwen2-Audio lets a sound attend to the silence that it is padded with, and its Qwen2.5-VL a frame
+to all other frames. Here all are computed as transformers does.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ def install(architectures: Collection[str]) -> None:
         _see()
     if "Qwen2AudioForConditionalGeneration" in architectures:
         _hear()
+    if "Qwen2_5_VLForConditionalGeneration" in architectures:
+        _see_frames()
     if "Qwen2VLForConditionalGeneration" in architectures:
         # The hub's checkpoints name their colours; those that transformers 5 saves don't, and SGLang asks for it.
         transformers.models.qwen2_vl.configuration_qwen2_vl.Qwen2VLVisionConfig.in_chans = 3
@@ -77,6 +79,21 @@ def _see() -> None:
             model.vision_feature_select_strategy = strategy
 
     Llava._get_sgl_model_cls, Llava.get_image_feature, Llava.load_weights = model_class, image_feature, load_weights
+
+
+def _see_frames() -> None:
+    """In layers without windows SGLang lets a frame see the whole video; the model was trained to attend within it."""
+    from sglang.srt.models.qwen2_5_vl import Qwen2_5_VisionTransformer as Vision
+
+    see = Vision.forward
+
+    def forward(model: Any, x: torch.Tensor, grid_thw: torch.Tensor) -> torch.Tensor:
+        frames = torch.repeat_interleave(grid_thw, grid_thw[:, 0], dim=0)  # an image each
+        frames[:, 0] = 1
+        seen: torch.Tensor = see(model, x, frames)
+        return seen
+
+    Vision.forward = forward
 
 
 def _hear() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from tokenfleet.engines.base import EngineInfo
 from tokenfleet.engines.folders import Folders, architectures, eos_ids, first_line
 from tokenfleet.engines.rewards import RewardHead, find_value_head, no_rewards
-from tokenfleet.engines.rope import scaled
+from tokenfleet.engines.rope import overridden
 from tokenfleet.engines.vllm_engine import adapters as lora
 from tokenfleet.engines.vllm_engine import compat
 from tokenfleet.engines.vllm_engine.media import VllmMedia
@@ -237,21 +237,8 @@ def _quantization(options: VllmOptions) -> dict[str, Any]:
 def _rope(folder: Path, options: VllmOptions) -> dict[str, Any]:
     if options.rope_scaling is None:
         return {}
-    import transformers
-
     given = options.vllm_config.get("hf_overrides") or {}
     if not isinstance(given, Mapping):
         raise ConfigurationError("rope_scaling: vllm_config's hf_overrides must be a mapping then.")
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
-    text_config = config.get_text_config()
-    rope, context = scaled(
-        getattr(text_config, "rope_parameters", None),
-        getattr(text_config, "max_position_embeddings", None),
-        options.rope_scaling,
-    )
-    changed: dict[str, Any] = {"rope_parameters": rope}
-    if options.rope_scaling != "linear":  # there vLLM multiplies the model's own limit itself
-        changed["max_position_embeddings"] = context
-    if text_config is not config:  # a model of several parts: the text's part is overridden within
-        changed = {"text_config": changed}
+    changed, context = overridden(folder, options.rope_scaling, trust_remote_code=options.trust_remote_code)
     return {"hf_overrides": {**given, **changed}, "max_model_len": context}

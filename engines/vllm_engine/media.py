@@ -30,6 +30,7 @@ class VllmMedia:
         info = engine.renderer.get_mm_processor().info
         processor = info.get_hf_processor()
         check_settings(processor, settings)
+        self._cuts = cutting(settings, getattr(processor, "image_processor", None))
         limits = info.supported_mm_limits
         self.modalities = tuple(kind for kind in ("image", "video", "audio") if kind in limits)
         tokens = {kind: getattr(processor, f"{kind}_token", None) for kind in self.modalities}
@@ -70,8 +71,8 @@ class VllmMedia:
             # the requests' arrival there.
             more["skip_mm_cache"] = True
         prompt = {"prompt_token_ids": list(ids), "multi_modal_data": _data(decoded, self._settings)}
-        if decoded.images and (cuts := cutting(self._settings)):
-            prompt["mm_processor_kwargs"] = cuts
+        if decoded.images and self._cuts:
+            prompt["mm_processor_kwargs"] = dict(self._cuts)
         try:
             parsed = compat.parsed_prompt(self._engine.model_config, prompt)
             (made,) = await renderer.render_cmpl_async([parsed], renderer.default_cmpl_tok_params, **more)

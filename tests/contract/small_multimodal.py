@@ -186,17 +186,18 @@ def _qwen2_audio(folder, head_dim=12, rate=16000):
     return hf.Qwen2AudioForConditionalGeneration(config)
 
 
-def _gemma3(folder):
+def _gemma3(folder, head_dim=16):
     tok = tokenizer(
         extra_special_tokens={
             "image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"
         }
     )  # fmt: skip
+    tok.add_tokens(["\n" * count for count in range(1, 5)])  # as Gemma's; vLLM looks for them
     soft, boi, eoi = _ids(tok, "<image_soft_token>", "<start_of_image>", "<end_of_image>")
     vision = hf.SiglipVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
     )
-    text = {**TEXT, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 16}
+    text = {**TEXT, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "head_dim": head_dim}
     config = hf.Gemma3Config(
         vision_config=vision, text_config=hf.Gemma3TextConfig(**text, vocab_size=len(tok)), mm_tokens_per_image=4,
         boi_token_index=boi, eoi_token_index=eoi, image_token_index=soft, image_token_id=soft,
@@ -230,7 +231,7 @@ def _llava_next(folder):
     return hf.LlavaNextForConditionalGeneration(config)
 
 
-def _intern_vl(folder):
+def _intern_vl(folder, head_dim=12):
     names = {
         "start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
         "video_token": "<video>",
@@ -242,7 +243,7 @@ def _intern_vl(folder):
         "image_size": [28, 28], "patch_size": [7, 7], "initializer_range": 0.3,
     }  # fmt: skip
     config = hf.InternVLConfig(
-        vision_config=vision, text_config=hf.Qwen2Config(**TEXT, vocab_size=len(tok)),
+        vision_config=vision, text_config=hf.Qwen2Config(**{**TEXT, "hidden_size": 4 * head_dim}, vocab_size=len(tok)),
         image_token_id=_ids(tok, "<IMG_CONTEXT>")[0],
     )  # fmt: skip
     tok.save_pretrained(folder)

@@ -40,6 +40,7 @@ ENGINES = [
     if name != "scripted" and importlib.util.find_spec(name)
 ]
 FAMILIES = ["llava", "qwen2_vl", "qwen2_audio"]
+CUT = ["gemma3", "intern_vl"]
 MORE = {"sglang": ["qwen2_5_vl", "qwen3_vl"]}
 CASES = [(engine, family) for engine in ENGINES for family in FAMILIES + MORE.get(engine, [])]
 RATE = 32000
@@ -103,9 +104,11 @@ class Served:
         """By how much any of ``ids`` was not the best after what stands before it."""
         given = torch.tensor([[*prompt.ids, *ids]])
         inputs = dict(self.plain.prepared(media).inputs) if media else {}
-        if "qwen" in self.family and "audio" not in self.family:
+        inputs.pop("num_patches", None)  # InternVL's processor only counts with it
+        if (self.family == "gemma3" or "qwen" in self.family) and "audio" not in self.family:
             types = self.plain.token_types(prompt.ids)
-            inputs["mm_token_type_ids"] = torch.cat([types, torch.zeros(1, len(ids), dtype=types.dtype)], dim=1)
+            name = "token_type_ids" if self.family == "gemma3" else "mm_token_type_ids"
+            inputs[name] = torch.cat([types, torch.zeros(1, len(ids), dtype=types.dtype)], dim=1)
         with torch.inference_mode():
             logits = self.model(input_ids=given, attention_mask=torch.ones_like(given), **inputs).logits[0]
         logits = logits[len(prompt.ids) - 1 : -1].clone()
@@ -125,13 +128,19 @@ def arguments(engine_name, folder):
 
 
 def save(family, folder):
-    sizes = {"head_dim": 32} if family in FAMILIES else {}  # vLLM's least on a CPU
+    sizes = {"head_dim": 32} if family in FAMILIES + CUT else {}  # vLLM's least on a CPU
     model = small.save(family, folder, **sizes, **({"rate": RATE} if family == "qwen2_audio" else {}))
-    small.as_on_the_hub(folder)
+    if family != "intern_vl":
+        small.as_on_the_hub(folder)
     if family in ("qwen2_vl", "qwen2_5_vl") and has_torchvision():
         videos = transformers.Qwen2VLVideoProcessor(size={"shortest_edge": 28 * 28, "longest_edge": 112 * 112})
         videos.save_pretrained(folder)
     return model
+
+
+def processor(folder, **settings):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return load_processor(folder, tokenizer, MediaSettings(**settings), trust_remote_code=False)
 
 
 def has_torchvision():
@@ -151,14 +160,10 @@ async def it(request, tmp_path_factory):
     model = await asyncio.to_thread(save, family, folder)
     settings = SETTINGS | ({"audio_sampling_rate": RATE} if family == "qwen2_audio" else {})
     loaded = await load(engine_name, {**arguments(engine_name, folder), **settings}, ModelSettings("m"))
-
-    def processor(**given):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        return load_processor(folder, tokenizer, MediaSettings(**given), trust_remote_code=False)
-
     try:
         defaults = {"audio_sampling_rate": RATE} if family == "qwen2_audio" else {}
-        yield Served(engine_name, family, model, loaded, processor(**settings), processor(**defaults))
+        both = (processor(folder, **each) for each in (settings, defaults))
+        yield Served(engine_name, family, model, loaded, *both)
     finally:
         await loaded.engine.close()
 
@@ -256,6 +261,29 @@ async def test_what_can_not_be_shown_to_a_model_is_refused_and_hurts_nobody(it):
         await it.run(sequence)
     assert len(await running) == 40
     await it.engine.check()
+
+
+@pytest.mark.parametrize("engine_name", [name for name in ENGINES if name != "sglang"])
+@pytest.mark.parametrize(("family", "setting"), [("gemma3", "image_do_pan_and_scan"), ("intern_vl", "crop_to_patches")])
+async def test_long_images_are_cut_where_that_is_asked_for(engine_name, family, setting, tmp_path):
+    model = await asyncio.to_thread(save, family, tmp_path)
+    uncut = {"image_max_pixels": 700 * 300}
+    settings = uncut | {setting: True}
+    loaded = await load(engine_name, {**arguments(engine_name, tmp_path), **settings}, ModelSettings("m"))
+    try:
+        it = Served(engine_name, family, model, loaded, *(processor(tmp_path, **each) for each in (settings, uncut)))
+        images = [[Media("image", files.image_file(seed, (600, 260)))] for seed in (1, 2)]
+        asked = [await it.asked(["image", "What is this?"], each) for each in images]
+        answers = await asyncio.gather(*(it.run(sequence) for _, sequence in asked))
+        for each, (prompt, _), ids in zip(images, asked, answers, strict=True):
+            expected = it.expected(["image", "What is this?"], each)
+            assert prompt.tokens == len(expected.ids)
+            assert prompt.tokens > len(it.expected(["image", "What is this?"], each, it.defaults).ids)
+            assert len(ids) == NEW
+            assert it.gap(expected, each, ids) < 1e-3
+        assert answers[0] != answers[1]
+    finally:
+        await loaded.engine.close()
 
 
 @pytest.mark.parametrize("engine_name", ENGINES)

@@ -18,7 +18,7 @@ from tests.contract.adapted import PROMPT, check_each_has_its_adapter, ids_of
 from tests.processes import all_gone
 from tokenfleet.engines.base import Sequence
 from tokenfleet.wire.chat import GenerationParams
-from tokenfleet.wire.errors import ContextLengthExceeded, EngineDead, InvalidRequest
+from tokenfleet.wire.errors import ConfigurationError, ContextLengthExceeded, EngineDead, InvalidRequest
 
 pytestmark = [
     pytest.mark.skipif(
@@ -173,19 +173,74 @@ async def test_a_scheduler_that_fails_is_an_engine_fault_and_nobody_elses(models
     await engine.close()
 
 
-async def test_a_sequence_classifier_scores_and_writes_nothing(tmp_path):
+@pytest.mark.parametrize("kind", ["linear", "yarn", "llama3"])
+async def test_positions_stretch_as_those_of_transformers(kind, tmp_path):
+    """What SGLang reads of rope_scaling and makes of it; a whole engine with it is below."""
+    import torch
+    import transformers as hf
+
+    from tests.contract import small_models
+    from tokenfleet.engines.rope import overridden, scaled
+    from tokenfleet.engines.sglang_engine import compat
+
+    compat.import_sglang()
+    from sglang.srt.layers.rotary_embedding import get_rope
+    from sglang.srt.utils.hf_transformers_utils import get_config, get_context_length
+
+    plain = small_models.save_classifier(tmp_path).config
+    changed, context = overridden(tmp_path, kind, trust_remote_code=False)
+    read = get_config(str(tmp_path), trust_remote_code=False, model_override_args=changed)
+    assert get_context_length(read) == context == 2 * plain.max_position_embeddings
+    rope, most, width = read.rope_parameters, read.max_position_embeddings, plain.head_dim
+    cache = get_rope(width, width, most, rope["rope_theta"], rope_scaling=rope, dtype=torch.float32).cos_sin_cache
+    own = hf.LlamaConfig.from_pretrained(tmp_path)
+    own.rope_parameters, own.max_position_embeddings = scaled(own.rope_parameters, context // 2, kind)
+    cos, sin = hf.models.llama.modeling_llama.LlamaRotaryEmbedding(own)(torch.zeros(1), torch.arange(context)[None])
+    expected = torch.cat([cos[0, :, : width // 2], sin[0, :, : width // 2]], dim=-1)
+    torch.testing.assert_close(cache[:context], expected, atol=1e-4, rtol=0)
+    unstretched = hf.models.llama.modeling_llama.LlamaRotaryEmbedding(plain)(
+        torch.zeros(1), torch.arange(context)[None]
+    )
+    assert not torch.allclose(unstretched[0], cos, atol=0.1)
+
+
+async def test_bits_on_a_cpu_are_refused(tmp_path):
     import torch
 
     from tests.contract import small_models
     from tokenfleet.engines.sglang_engine import SglangEngine
 
-    model = small_models.save_classifier(tmp_path / "model").eval()
+    if torch.cuda.is_available():
+        pytest.skip("a GPU has them")
+    small_models.save_classifier(tmp_path / "model")
+    for bits in (4, 8):
+        with pytest.raises(ConfigurationError, match="on a CPU"):
+            await SglangEngine(options_of(tmp_path, quantization_bit=bits)).start()
+
+
+async def test_a_sequence_classifier_scores_with_stretched_positions_and_writes_nothing(tmp_path):
+    import torch
+    import transformers as hf
+
+    from tests.contract import small_models
+    from tokenfleet.engines.rope import scaled
+    from tokenfleet.engines.sglang_engine import SglangEngine
+
+    plain = small_models.save_classifier(tmp_path / "model").eval()
+    config = hf.AutoConfig.from_pretrained(tmp_path / "model")
+    most = config.max_position_embeddings
+    config.rope_parameters, config.max_position_embeddings = scaled(config.rope_parameters, most, "linear")
+    model = hf.LlamaForSequenceClassification(config).eval()
+    model.load_state_dict(plain.state_dict())
     texts = [(5, 6, 7), tuple(range(40, 90)), (99,)]
-    engine = SglangEngine(options_of(tmp_path))
+    engine = SglangEngine(options_of(tmp_path, rope_scaling="linear"))
     await engine.start()
     try:
+        assert engine.info.context_tokens == 2 * most - 2
         with torch.no_grad():
             expected = [model(torch.tensor([ids])).logits[0, 0].item() for ids in texts]
+            unlike = [plain(torch.tensor([ids])).logits[0, 0].item() for ids in texts]
+        assert expected != pytest.approx(unlike, abs=0.1)
         assert await engine.score(texts) == pytest.approx(expected, abs=0.1 if torch.cuda.is_available() else 1e-3)
         assert len({round(value, 3) for value in expected}) == 3
         with pytest.raises(InvalidRequest):
