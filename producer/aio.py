@@ -409,7 +409,7 @@ def estimated_tokens(request: ChatRequest | ScoreRequest, body: bytes) -> int:
 def _unknown(model: str, models: Iterable[str]) -> UnknownModel:
     known = ", ".join(sorted(models)) or "none yet"
     message = f"This fleet serves no model named {model!r}."
-    return UnknownModel(message, hint=f"Served models: {known}.", model=model)
+    return UnknownModel(message, hint=f"Served models: {known}.", param="model", model=model)
 
 
 def piece_of(event: AnyEvent, choice: int = 0) -> str:

@@ -39,7 +39,7 @@ async def ask(ledger: Ledger, model: str, question: Question, *, timeout_s: floa
     """Ask one live worker of ``model`` after the other. Raises what it answers, `UnknownModel`, `FleetUnavailable`
     (``no_worker``, ``no_answer``)."""
     if model not in await ledger.models():
-        raise UnknownModel(f"This fleet serves no model named {model[:128]!r}.")
+        raise UnknownModel(f"This fleet serves no model named {model[:128]!r}.", param="model")
     until, asked = time.monotonic() + timeout_s, False
     client: Any = ledger.client
     for worker in await ledger.workers():

@@ -230,7 +230,9 @@ class Ledger:
                 raise JobConflict(f"Job {job_id} exists with another body.", hint="Use a new id.")
             case b"unknown_model":
                 raise UnknownModel(
-                    f"This fleet serves no model named {model!r}.", hint="`tokenfleet status` lists the served models."
+                    f"This fleet serves no model named {model!r}.",
+                    hint="`tokenfleet status` lists the served models.",
+                    param="model",
                 )
             case b"memory_full":
                 raise Overloaded(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenfleet.wire.chat import FinishReason, FunctionCall, ToolCall
-from tokenfleet.wire.toolformats import READERS, Awaited, Calls, NoCall, Reader
+from tokenfleet.wire.toolformats import READERS, Awaited, Begun, Calls, ForcedCalls, NoCall, Reader
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,7 @@ class ToolParser:
     ``open``      the prompt ended within thoughts already
     ``prefix``    what the prompt put into the model's mouth (a forced call's beginning); read before the text
     ``parallel``  False: what follows the first call is dropped
+    ``forced``    a grammar leaves nothing but calls of this form (`ForcedCalls`): they come out while they are written
     """
 
     def __init__(self, parser: Mapping[str, Any], *, key: str = "") -> None:
@@ -73,6 +74,7 @@ class ToolParser:
         self._is_whole = any(not reader.marks for reader in self._readers)
         self._think: tuple[str, str] | None = tuple(parser["think"]) if parser.get("think") else None
         self._is_single = parser.get("parallel") is False
+        self._forced = ForcedCalls(parser["forced"], is_single=self._is_single) if parser.get("forced") else None
         self._key = key
         self._held = ""
         self._mode = "think" if self._think and parser.get("open") else "start" if self._think else "text"
@@ -108,14 +110,17 @@ class ToolParser:
         return list(self._run(is_final=True))
 
     def finish_reason(self, reason: FinishReason) -> FinishReason:
-        return "tool_calls" if reason == "stop" and self._calls else reason
+        is_cut = self._forced is not None and self._forced.is_cut  # by a stop string of the caller's
+        return "tool_calls" if reason == "stop" and self._calls and not is_cut else reason
 
     def _run(self, *, is_final: bool) -> Iterator[ParsedDelta]:
         if self._mode == "start":
             self._start(is_final)
         if self._mode == "think":
             yield from self._thoughts(is_final)
-        if self._mode == "text":
+        if self._mode == "text" and self._forced is not None:
+            yield from self._forced_calls(self._forced, is_final)
+        elif self._mode == "text":
             yield from self._text(is_final)
 
     def _start(self, is_final: bool) -> None:
@@ -191,6 +196,18 @@ class ToolParser:
             yield self._show(len(text))
         if is_final:
             self._held = ""
+
+    def _forced_calls(self, forced: ForcedCalls, is_final: bool) -> Iterator[ParsedDelta]:
+        found, self._held = forced.feed(self._held)
+        for piece in found:
+            if isinstance(piece, Begun):
+                yield ToolCallDelta(self._calls, call_id(self._key, self._calls), piece.name)
+                self._calls += 1
+            else:
+                yield ToolCallDelta(self._calls - 1, arguments=piece)
+        if forced.is_void or (is_final and not self._calls):
+            self._forced = None
+            yield from self._text(is_final)
 
     def _is_awaited_there(self) -> bool:
         looked_at, self._looked_at = self._looked_at, len(self._held)

@@ -9,6 +9,7 @@ from typing import Any
 
 from tokenfleet.engines.base import Engine, Media
 from tokenfleet.engines.generation import DeliveredChoice, GenerationJob, resolve_max_new_tokens
+from tokenfleet.engines.prompts import RenderedPrompt
 from tokenfleet.engines.registry import Loaded, ModelSettings, load
 from tokenfleet.engines.support import REFUSED, check_supported, continuation
 from tokenfleet.engines.tokenizer import Tokenizer
@@ -115,11 +116,12 @@ class Served:
         if claim.prompt and delivered.choices:
             self._check_continuable(request, claim)
             ids, is_fresh = tuple(json.loads(claim.prompt)), False
+        params, parser = _forced(request.params, prompt, info.name)
         job = GenerationJob(
             job_id=claim.job_id,
             attempt=claim.epoch,
             prompt_ids=ids,
-            params=_forced(request.params, prompt.grammar, info.name),
+            params=params,
             max_new_tokens=resolve_max_new_tokens(request.params, prompt.tokens, info.context_tokens),
             eos_ids=self.loaded.tokenizer.eos_ids | info.eos_ids | frozenset(prompt.stop_token_ids),
             stop=prompt.stop_strings,
@@ -132,7 +134,7 @@ class Served:
                 for index, choice in delivered.choices.items()
             },
         )
-        return Prepared(ids, prompt.tokens, dict(prompt.parser), is_fresh, job)
+        return Prepared(ids, prompt.tokens, parser, is_fresh, job)
 
     def _check_continuable(self, request: ChatRequest, claim: Claim) -> None:
         info = self.engine.info
@@ -149,8 +151,10 @@ class Served:
         return Prepared((), sum(map(len, texts)), {}, False, None, texts)
 
 
-def _forced(params: GenerationParams, grammar: str, engine: str) -> GenerationParams:
-    """A forced call's arguments follow their schema on every engine that can be held to a grammar."""
-    if not grammar or "response_format" in REFUSED[engine] or params.response_format.type != "text":
-        return params
-    return params.model_copy(update={"response_format": ResponseFormat(type="grammar", grammar=grammar)})
+def _forced(params: GenerationParams, prompt: RenderedPrompt, engine: str) -> tuple[GenerationParams, dict[str, Any]]:
+    """A forced call's arguments follow their schema on every engine that can be held to a grammar. Also the parser of
+    the answer, which knows whether they do."""
+    if not prompt.grammar or "response_format" in REFUSED[engine] or params.response_format.type != "text":
+        return params, {key: value for key, value in prompt.parser.items() if key != "forced"}
+    wanted = ResponseFormat(type="grammar", grammar=prompt.grammar)
+    return params.model_copy(update={"response_format": wanted}), dict(prompt.parser)

@@ -6,7 +6,7 @@ from typing import Any
 
 from tokenfleet.engines.templates import sandbox
 from tokenfleet.engines.templates.choice import Offer
-from tokenfleet.engines.templates.forced import call_grammar
+from tokenfleet.engines.templates.forced import call_forms, call_grammar
 from tokenfleet.engines.templates.own import knows_tools
 from tokenfleet.engines.templates.schema import Template, tool_format
 from tokenfleet.engines.templates.tokens import Tokenizer, encode, special_ids
@@ -90,7 +90,10 @@ def begin_call(
         closing = f"\n{parser['think'][1]}\n\n" if parser.get("open") else no_thoughts
     kept = {key: value for key, value in parser.items() if key not in ("think", "open")}
     assert style is not None
-    grammar = call_grammar(style, offer, opening, is_parallel=parser.get("parallel") is not False)
+    is_parallel = parser.get("parallel") is not False
+    grammar = call_grammar(style, offer, opening, is_parallel=is_parallel)
+    if grammar and (forms := call_forms(style, offer, is_parallel=is_parallel)):
+        kept["forced"] = forms
     return {**kept, "prefix": opening}, [piece for piece in (closing, opening) if piece], grammar
 
 

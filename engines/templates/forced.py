@@ -12,13 +12,14 @@ from tokenfleet.engines.templates.schema import ToolFormat
 from tokenfleet.engines.templates.tools import Call, bare, write_calls
 
 _ARGUMENTS = {"__arguments__": 0}
+_NAME = "__name__"
 
 
 def call_grammar(style: ToolFormat, offered: Offer, opening: str, *, is_parallel: bool) -> str:
     """In Lark's form as llguidance reads it; "" for a format whose arguments are not written as JSON.
 
     A call of a named tool is one call; of any tool (``offered.forced == ""``) several may follow one another."""
-    tools = [tool for tool in map(bare, offered.tools or ()) if offered.forced in ("", tool["name"])]
+    tools = _callable(offered)
     mark = sandbox.to_json(_ARGUMENTS)
     rules: list[str] = []
     heads: list[str] = []
@@ -33,6 +34,30 @@ def call_grammar(style: ToolFormat, offered: Offer, opening: str, *, is_parallel
     start = "start: first" + (" more*" if more else "") + (f" {_text(end)}" if end else "")
     rules += [f"more: {' | '.join(more)}"] if more else []
     return "\n".join([start, f"first: {' | '.join(heads)}", *rules])
+
+
+def call_forms(style: ToolFormat, offered: Offer, *, is_parallel: bool) -> dict[str, Any] | None:
+    """The text around names and arguments of the calls that `call_grammar` allows, for `wire.toolformats.ForcedCalls`;
+    None if it is not the same for all tools."""
+    tools = _callable(offered)
+    names = [tool["name"] for tool in tools]
+    mark = sandbox.to_json(_ARGUMENTS)
+
+    def before_arguments(number: int, *called: str) -> str:
+        return write_calls(style, [Call(name, _ARGUMENTS) for name in called], "tools").split(mark)[number]
+
+    first = before_arguments(0, _NAME).split(_NAME)
+    if len(first) != 2 or any(before_arguments(0, name) != name.join(first) for name in names):
+        return None
+    more = None
+    end = write_calls(style, [Call(names[0], _ARGUMENTS)], "tools").partition(mark)[2]
+    if is_parallel and offered.forced == "" and _more(style, tools, mark, end):
+        more = before_arguments(1, names[0], _NAME).split(_NAME)
+    return {"names": names, "first": first, "more": more if more and len(more) == 2 else None}
+
+
+def _callable(offered: Offer) -> list[dict[str, Any]]:
+    return [tool for tool in map(bare, offered.tools or ()) if offered.forced in ("", tool["name"])]
 
 
 def _more(style: ToolFormat, tools: list[dict[str, Any]], mark: str, end: str) -> list[str]:

@@ -11,11 +11,13 @@ from fastapi import APIRouter, Request, Response
 from tokenfleet.producer.gateway import documents
 from tokenfleet.producer.gateway.bodies import read_body
 from tokenfleet.producer.gateway.chat import submit, whole
+from tokenfleet.producer.gateway.chat_requests import check_fields
 from tokenfleet.wire.errors import InvalidRequest, UnknownModel
 from tokenfleet.wire.jobs import ServedModel
 from tokenfleet.wire.requests import score_request
 
 router = APIRouter()
+_SCORE = frozenset({"model", "messages", "max_length"})
 
 
 def _object(name: str, parent: str | None = None) -> dict[str, Any]:
@@ -52,6 +54,7 @@ async def get_model(name: str, request: Request) -> dict[str, Any]:
 async def score(request: Request) -> Response:
     """LLaMA-Factory's: ``{model, messages: [str], max_length}`` → ``{id, object, model, scores}``."""
     body = await read_body(request)
+    check_fields(body, _SCORE, request.app.state.settings)
     texts = body.get("messages")
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise InvalidRequest("messages: a list of strings is needed.", param="messages")

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from tokenfleet.producer.gateway import documents
 from tokenfleet.producer.gateway.bodies import read_body
-from tokenfleet.producer.gateway.chat_requests import in_callers_words, message_of
+from tokenfleet.producer.gateway.chat_requests import check_fields, in_callers_words, message_of
 from tokenfleet.wire.asks import Question, ask
 from tokenfleet.wire.chat import TextPart
 from tokenfleet.wire.errors import InvalidRequest
@@ -18,12 +18,14 @@ from tokenfleet.wire.requests import chat_request, check_size
 
 router = APIRouter()
 _FLAGS = ("add_special_tokens", "add_generation_prompt", "continue_final_message", "return_token_strs")
+_KNOWN = frozenset({"model", "prompt", "messages", "tools", "chat_template_kwargs", *_FLAGS})
 
 
 @router.post("/tokenize", openapi_extra=documents.TOKENIZE)
 async def tokenize(request: Request) -> Response:
     """``prompt``, or ``messages`` (with ``tools``, ``chat_template_kwargs``) as the chat route would render them."""
     body = await read_body(request)
+    check_fields(body, _KNOWN, request.app.state.settings)
     for name in _FLAGS:
         if not isinstance(body.get(name), bool | None):
             raise InvalidRequest(f"{name}: true or false is needed.", param=name)
@@ -40,6 +42,7 @@ async def tokenize(request: Request) -> Response:
 @router.post("/detokenize", openapi_extra=documents.DETOKENIZE)
 async def detokenize(request: Request) -> Response:
     body = await read_body(request)
+    check_fields(body, {"model", "tokens"}, request.app.state.settings)
     tokens = body.get("tokens")
     if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < 2**31 for token in tokens):
         raise InvalidRequest("tokens: a list of token ids is needed.", param="tokens")

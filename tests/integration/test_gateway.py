@@ -207,7 +207,7 @@ def test_bad_requests_are_400_with_a_stable_code(client: openai.OpenAI, body: di
 def test_an_unknown_model_is_404(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         client.chat.completions.create(model="nothing", messages=MESSAGES)
-    assert caught.value.code == "model_not_found"
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
 
 
 def test_a_body_too_large_is_refused_before_it_is_read(gateway: Gateway) -> None:

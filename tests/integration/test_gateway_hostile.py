@@ -146,6 +146,12 @@ def test_a_value_of_another_json_type_is_refused_by_its_fields_name(caller: Call
             assert json.loads(answer)["error"]["param"].partition(".")[0] == field, (value, answer[:300])
 
 
+def test_an_unknown_field_is_refused_on_every_route(caller: Caller) -> None:
+    for path, (good, _) in WRONG_TYPES.items():
+        assert refused(caller, path, json.dumps({**good, "tempurature": 1}).encode()) == "unknown_field"
+    assert refused(caller, "/detokenize", b'{"model": "scripted", "tokens": [1], "more": 1}') == "unknown_field"
+
+
 def test_json_types_that_say_the_same_are_taken(caller: Caller) -> None:
     """Whole numbers for others, one string for a list of one, numbers as an object's names, null for nothing."""
     same = {"temperature": 0, "top_p": 1, "stop": "x", "logit_bias": {"5": 1}, "seed": None, "logprobs": False}

@@ -141,6 +141,13 @@ def test_a_tool_must_be_called_with_its_own_arguments(client: openai.OpenAI, cho
     [called] = answer.message.tool_calls
     assert called.function.name == "weather"
     assert json.loads(called.function.arguments)["city"] in ("Paris", "Rome")
+    chunks = list(client.chat.completions.create(**asked, **{**GREEDY, "max_tokens": 60}, stream=True))
+    calls = [part for c in chunks for part in c.choices[0].delta.tool_calls or ()]
+    assert [(part.id, part.function.name) for part in calls if part.id] == [(calls[0].id, "weather")]
+    pieces = [part.function.arguments for part in calls if part.function.arguments]
+    assert "".join(pieces) == called.function.arguments
+    assert len(pieces) > 1  # as they are written
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
 
 
 def test_a_batch_of_a_reward_models_scores(real_fleet: Fleet, client: openai.OpenAI, tmp_path: Path) -> None:

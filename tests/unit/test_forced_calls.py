@@ -1,16 +1,21 @@
-"""A call that a prompt has begun can only go on as a call: the grammar of each format, read by llguidance."""
+"""A call that a prompt has begun can only go on as a call: the grammar of each format, read by llguidance; and what
+such calls say is shown while it is written, whatever the cuts."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tokenfleet.engines.templates import sandbox
 from tokenfleet.engines.templates.choice import Offer
-from tokenfleet.engines.templates.forced import call_grammar
+from tokenfleet.engines.templates.forced import call_forms, call_grammar
 from tokenfleet.engines.templates.schema import tool_format
 from tokenfleet.engines.templates.tools import Call, write_calls
+from tokenfleet.wire.toolcalls import ParsedDelta, ToolCallDelta, ToolParser, assemble, parse
 
 llguidance = pytest.importorskip("llguidance")
 pytestmark = pytest.mark.unit
@@ -68,3 +73,87 @@ def test_where_arguments_are_not_json_the_model_is_left_alone(name: str) -> None
     for forced in ("", "weather"):
         opening = opening_of(name, forced)
         assert call_grammar(tool_format(name), Offer(TOOLS, forced), opening, is_parallel=True) == ""
+
+
+# -- shown while they are written -------------------------------------------------------------------------------------
+
+
+def parser_of(name: str, forced: str, *, is_parallel: bool = True) -> dict[str, Any]:
+    forms = call_forms(tool_format(name), Offer(TOOLS, forced), is_parallel=is_parallel)
+    assert forms is not None
+    more = {} if is_parallel else {"parallel": False}
+    return {"tools": name, "prefix": opening_of(name, forced), "forced": forms, **more}
+
+
+def said(name: str, forced: str, *calls: Call) -> str:
+    """What the model writes of these calls."""
+    return write_calls(tool_format(name), calls, "calls").removeprefix(opening_of(name, forced))
+
+
+def fed(parser: dict[str, Any], pieces: list[str]) -> list[ParsedDelta]:
+    machine = ToolParser(parser)
+    return [delta for piece in pieces for delta in machine.feed(piece)]
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(st.sampled_from('ab"\\{}[]:, é🚀\n'), max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+ARGUMENTS = st.dictionaries(st.text(max_size=5), VALUES, max_size=3)
+
+
+@pytest.mark.parametrize("name", JSON_FORMATS)
+@settings(deadline=None, max_examples=25)
+@given(several=st.lists(ARGUMENTS, min_size=1, max_size=3), cuts=st.lists(st.integers(0, 200), max_size=6))
+def test_however_it_is_cut_what_has_come_depends_on_the_text_alone(
+    name: str, several: list[dict[str, Any]], cuts: list[int]
+) -> None:
+    called = [Call(("weather", "time")[k % 2], each) for k, each in enumerate(several)]
+    called = called if name in SEVERAL else called[:1]
+    parser, text = parser_of(name, ""), said(name, "", *called)
+    for end in {0, len(text), *(cut % (len(text) + 1) for cut in cuts)}:
+        at_once = assemble(fed(parser, [text[:end]]))
+        assert assemble(fed(parser, list(text[:end]))) == at_once
+    whole = parse(text, parser).tool_calls
+    assert [(c.function.name, json.loads(c.function.arguments)) for c in whole] == [
+        (c.name, c.arguments) for c in called
+    ]
+    assert parse(text, parser).content is None
+
+
+@pytest.mark.parametrize("name", [*JSON_FORMATS, "glm4"])
+def test_arguments_come_out_with_each_piece_of_text(name: str) -> None:
+    parser, text = parser_of(name, "weather"), said(name, "weather", GOOD)
+    arguments = [d.arguments for d in fed(parser, list(text)) if isinstance(d, ToolCallDelta) and d.arguments]
+    assert "".join(arguments) == '{"city": "Łódź"}'
+    assert len(arguments) == len('{"city": "Łódź"}')  # one for each character: nothing waits for the end
+
+
+def test_a_call_that_is_cut_is_a_call_that_is_cut() -> None:
+    parser, text = parser_of("qwen", ""), said("qwen", "", GOOD)
+    machine = ToolParser(parser)
+    deltas = [*machine.feed(text[: text.index("dź")]), *machine.close()]
+    [call] = assemble(deltas).tool_calls
+    assert (call.function.name, call.function.arguments) == ("weather", '{"city": "Łó')
+    assert machine.finish_reason("length") == "length"
+    assert machine.finish_reason("stop") == "stop"  # a caller's stop string stood in it
+
+
+def test_one_call_is_one_if_there_may_be_no_more() -> None:
+    text = said("qwen", "", GOOD, OTHER)
+    assert len(parse(text, parser_of("qwen", "")).tool_calls) == 2
+    assert len(parse(text, parser_of("qwen", "", is_parallel=False)).tool_calls) == 1
+
+
+@pytest.mark.parametrize("text", ["", "no call", ' "unknown", "arguments": {}}\n</tool_call>', ' "weather", "argu'])
+def test_what_no_grammar_has_held_is_read_as_ever(text: str) -> None:
+    parser = parser_of("qwen", "")
+    as_ever = {key: value for key, value in parser.items() if key != "forced"}
+    assert parse(text, parser) == parse(text, as_ever)
+    assert assemble([*fed(parser, list(text))]) == assemble([*fed(as_ever, list(text))])
+
+
+def test_tools_whose_names_change_the_notation_are_left_to_the_end() -> None:
+    tools = ({"type": "function", "function": {"name": 'a "name"'}},)
+    assert call_forms(tool_format("qwen"), Offer(tools, ""), is_parallel=True) is None

@@ -2,7 +2,8 @@
 
 A `Reader` looks at a text from where one of its marks stands (or, without marks, at the very start of an answer) and
 says: these are calls, this is none, or not known yet. What it says depends on the text alone, never on how it arrived.
-A call is given out when it is complete and valid: nobody ever gets half a call that turns out to be none.
+A call is given out when it is complete and valid: nobody ever gets half a call that turns out to be none. What a
+grammar has forced can't, and comes out while it is written (`ForcedCalls`).
 """
 
 from tokenfleet.wire.toolformats.base import Awaited, Calls, FunctionCall, NoCall, Outcome, Reader, calls_of
@@ -16,10 +17,11 @@ from tokenfleet.wire.toolformats.blocks import (
     read_glm4_moe,
     read_harmony,
 )
+from tokenfleet.wire.toolformats.forced import Begun, ForcedCalls
 from tokenfleet.wire.toolformats.notations import python_calls, read_gemma4
 from tokenfleet.wire.toolformats.whole import read_default, read_glm4, whole
 
-__all__ = ["READERS", "Awaited", "Calls", "FunctionCall", "NoCall", "Outcome", "Reader"]
+__all__ = ["READERS", "Awaited", "Begun", "Calls", "ForcedCalls", "FunctionCall", "NoCall", "Outcome", "Reader"]
 
 _default = Reader(("Action:",), read_default)
 # No mark may begin with another: what is seen first depends on how the text is cut.
