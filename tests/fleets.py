@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.processes import on_this_machine
 from tests.servers import RedisServer
 from tokenfleet import Client
 
@@ -28,10 +29,10 @@ MODEL = "scripted"
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float = 20.0, what: str = "") -> Any:
-    """Poll until ``condition()`` is true; its value. Fails the test after ``timeout_s``."""
-    until = time.monotonic() + timeout_s
+    """Poll until ``condition()`` is true; its value. Fails the test after ``timeout_s`` (`on_this_machine`)."""
+    started = time.monotonic()
     while not (value := condition()):
-        if time.monotonic() > until:
+        if time.monotonic() - started > on_this_machine(timeout_s):
             pytest.fail(f"not within {timeout_s:g} s: {what or condition}")
         time.sleep(0.01)
     return value

@@ -49,5 +49,9 @@ def start_gateway(fleet: Fleet, *, wait: bool = True, **settings: Any) -> Gatewa
             return False
 
     if wait:
-        wait_until(is_up, 30, "the gateway is up")
+        try:
+            wait_until(is_up, 60, "the gateway is up")
+        except BaseException:
+            gateway.close()
+            raise
     return gateway

@@ -29,14 +29,14 @@ class Proxy:
         """Pub/sub messages that hold this vanish on the way."""
         self.dropped_messages = 0
         self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(30)
 
     @property
     def url(self) -> str:
         return f"redis://:{quote(self._password)}@127.0.0.1:{self._port}/0"
 
     def close(self) -> None:
-        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(30)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

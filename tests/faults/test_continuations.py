@@ -49,12 +49,12 @@ def test_characters_stop_strings_choices_and_logprobs_survive_a_kill(fleet: Flee
         assert [texts[job.id] for job in spelled] == ["x" * k + SAID for k in range(12)]
         assert [texts[job.id] for job in stopped] == ["y" * k + "abcdef" * 40 for k in range(6)]
         assert [texts[job.id] for job in held] == ["z" * k + "STOP HER" * 30 for k in range(6)]
-        assert all(job.result(5).choices[0].stop == "STOP HERE" for job in stopped)
+        assert all(job.result(30).choices[0].stop == "STOP HERE" for job in stopped)
         # Every byte boundary counts as a token, so somewhere the cut fell into a character.
         delivered = [line["delivered_tokens"] for line in second.record if line["event"] == "prefill"]
         assert len(delivered) == 24 + 4 + 6 + 4
         for k, job in enumerate(called):
-            result = job.result(5)
+            result = job.result(30)
             parsed = parse(result.choices[0].text, result.parser, key=job.id)
             assert (parsed.content or "") == "w" * k
             assert [(c.function.name, json.loads(c.function.arguments)) for c in parsed.tool_calls] == [
@@ -62,9 +62,9 @@ def test_characters_stop_strings_choices_and_logprobs_survive_a_kill(fleet: Flee
             ]
         # The same seed on an undisturbed worker gives the same choices.
         again = trial.client.submit("[[eos: 400]]", n=4, max_new_tokens=300, seed=7).result(60)
-        assert [c.text for c in several.result(5).choices] == [c.text for c in again.choices]
+        assert [c.text for c in several.result(30).choices] == [c.text for c in again.choices]
         for job in uneven:
-            for choice in job.result(5).choices:
+            for choice in job.result(30).choices:
                 assert [entry.id for entry in choice.logprobs] == list(choice.ids)
                 assert all(len(entry.top) == 2 for entry in choice.logprobs)
 
@@ -98,7 +98,7 @@ def test_scores_are_run_again_with_one_end(fleet: Fleet) -> None:
         fleet.start_worker(token_ms=1.0)
         trial.fault("SIGKILL", first.pid, cuts=False)
         trial.judge(may_run_plain=True)
-        assert len(job.result(5).scores) == 2
+        assert len(job.result(30).scores) == 2
         assert streaming.tokens == 3000
 
 
@@ -114,9 +114,9 @@ def test_what_cant_be_continued_ends_with_a_typed_error(fleet: Fleet) -> None:
         trial.kill(first, cuts=False)
         trial.judge(may_run_plain=True)
         with pytest.raises(StreamInterrupted):
-            job.result(5)
+            job.result(30)
         assert ledger_of(fleet, job)["state"] == "failed"
-        assert len(fresh.result(5).choices[0].ids) == 20, "nothing of it was delivered: it may start anew"
+        assert len(fresh.result(30).choices[0].ids) == 20, "nothing of it was delivered: it may start anew"
 
 
 def test_what_an_engine_cant_continue_is_refused_or_ends_with_its_worker(fleet: Fleet) -> None:
@@ -134,12 +134,12 @@ def test_what_an_engine_cant_continue_is_refused_or_ends_with_its_worker(fleet: 
         trial.kill(first)
         trial.judge(may_run_plain=True)
         with pytest.raises(StreamInterrupted):
-            loose.result(5)
+            loose.result(30)
         with pytest.raises(InvalidRequest) as caught:
-            refused.result(5)
+            refused.result(30)
         assert caught.value.code == "not_durable"
         assert nothing.tokens == 0
-        assert [len(job.result(5).choices[0].ids) for job in (plain, durable)] == [900, 900]
+        assert [len(job.result(30).choices[0].ids) for job in (plain, durable)] == [900, 900]
 
 
 def test_kinds_of_events_after_a_takeover(fleet: Fleet) -> None:

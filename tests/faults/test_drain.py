@@ -17,7 +17,7 @@ def test_jobs_finish_within_the_grace_period(fleet: Fleet) -> None:
         trial.fault("SIGTERM", worker.pid, cuts=False)
         worker.kill_main(signal.SIGTERM)
         trial.judge()
-        assert worker.wait(20) == 0
+        assert worker.wait(60) == 0
         assert {ledger_of(fleet, job)["epoch"] for job in jobs} == {"1"}
 
 
@@ -55,10 +55,10 @@ def test_a_second_signal_hands_over_immediately(fleet: Fleet) -> None:
         first.kill_main(signal.SIGTERM)
         wait_until(lambda: "Warm shutdown" in first.log, 10, "the first signal has been seen")
         first.kill_main(signal.SIGTERM)
-        assert first.wait(20) == 0
+        assert first.wait(60) == 0
         trial.fault("SIGQUIT", second.pid)
         second.kill_main(signal.SIGQUIT)
-        second.wait(20)
+        second.wait(60)
         fleet.wait_ready(third, 2)
         verdict = trial.judge()
         assert verdict.cut_streams == 16

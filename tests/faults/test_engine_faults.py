@@ -10,7 +10,7 @@ import pytest
 
 from tests.faults.trial import Trial, ledger_of
 from tests.fleets import Fleet, wait_until
-from tests.processes import is_alive
+from tests.processes import is_alive, on_this_machine
 from tokenfleet.wire.errors import EngineError
 
 
@@ -23,7 +23,7 @@ def test_a_dead_engine_sends_its_jobs_elsewhere_and_ends_its_worker(fleet: Fleet
         trial.until_streaming(10)
         fleet.start_worker(salted=True, token_ms=3.0, wait=False)
         trial.fault("engine dies")
-        assert first.wait(20) != 0, "a supervisor would not start it again"
+        assert first.wait(60) != 0, "a supervisor would not start it again"
         verdict = trial.judge()
         assert verdict.cut_streams == 7
         assert {ledger_of(fleet, job)["state"] for job in [*jobs, trap]} == {"finished"}
@@ -35,8 +35,8 @@ def test_an_engine_that_dies_while_nothing_runs_is_noticed(fleet: Fleet) -> None
     job = fleet.client().submit("[[fault: doom 0.5 at 1]]", max_new_tokens=3)
     job.result(20)
     ended = time.monotonic()
-    assert first.wait(20) != 0, "a supervisor would not start it again"
-    assert time.monotonic() - ended < 8, "0.5 s until it dies, 2 s to notice, the rest to leave"
+    assert first.wait(60) != 0, "a supervisor would not start it again"
+    assert time.monotonic() - ended < on_this_machine(8), "0.5 s until it dies, 2 s to notice, the rest to leave"
     assert ledger_of(fleet, job)["strikes"] == "0"
 
 
@@ -81,7 +81,7 @@ def test_one_request_that_fails_fails_alone(fleet: Fleet) -> None:
         trial.judge()
         for job in broken:
             with pytest.raises(EngineError):
-                job.result(5)
+                job.result(30)
         assert {ledger_of(fleet, job)["state"] for job in jobs} == {"finished"}
         assert worker.process.poll() is None
 

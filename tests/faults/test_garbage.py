@@ -159,7 +159,7 @@ def test_unknown_ids_are_unknown_jobs(fleet: Fleet) -> None:
         with pytest.raises(UnknownJob):
             client.job(bad).cancel()
         with pytest.raises(UnknownJob):
-            client.job(bad).result(5)
+            client.job(bad).result(30)
 
 
 def test_a_claim_that_nobody_runs_is_given_back(fleet: Fleet) -> None:

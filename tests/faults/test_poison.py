@@ -44,7 +44,7 @@ def test_only_the_poison_among_64_neighbours_is_given_up(fleet: Fleet) -> None:
         entry = ledger_of(fleet, poison)
         assert (entry["state"], entry["strikes"]) == ("failed", "3")
         with pytest.raises(JobFailed) as caught:
-            poison.result(5)
+            poison.result(30)
         assert caught.value.code == "poison"
         assert entry["deaths"].count("died in attempt") == 3
         assert entry["request"], "the dead letter keeps its payload"

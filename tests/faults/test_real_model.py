@@ -91,17 +91,17 @@ def test_a_real_models_streams_go_on_where_they_were_cut(fleet: Fleet) -> None:
             logits = teacher_forced(torch, adapted if job in tuned else model, prompt_of(fleet, job), ids[job.id])
             chosen = logits[torch.arange(200), torch.tensor(ids[job.id])]
             assert float((logits.max(dim=-1).values - chosen).max()) < TOLERANCE
-        entries = told.result(5).choices[0].logprobs
+        entries = told.result(30).choices[0].logprobs
         assert [entry.id for entry in entries] == ids[told.id]
         logprobs = teacher_forced(torch, model, prompt_of(fleet, told), ids[told.id]).log_softmax(dim=-1)
         for place, entry in enumerate(entries):
             assert abs(entry.logprob - float(logprobs[place, entry.id])) < TOLERANCE
             assert len(entry.top) == 2
         penalised(torch, model, prompt_of(fleet, held), ids[held.id])
-        colours = json.loads(formed.result(5).choices[0].text)
+        colours = json.loads(formed.result(30).choices[0].text)
         assert len(colours) == 40
         assert set(colours) <= set(COLOURS)
-        both = choices.result(5).choices
+        both = choices.result(30).choices
         assert [len(choice.ids) for choice in both] == [200, 200]
         assert both[0].ids != both[1].ids
 

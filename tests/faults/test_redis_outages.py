@@ -88,7 +88,7 @@ def test_redis_restarted_empty(fleet: Fleet) -> None:
 
         def serves() -> bool:
             try:
-                return len(trial.submit("count", max_new_tokens=5, model="scripted").result(10).choices[0].ids) == 5
+                return len(trial.submit("count", max_new_tokens=5, model="scripted").result(30).choices[0].ids) == 5
             except Exception:
                 return False
 
@@ -128,7 +128,7 @@ def test_a_log_cut_behind_a_reader_ends_with_lost_state(fleet: Fleet) -> None:
         wait_until(lambda: ledger_of(fleet, job)["state"] == "failed", 10, "the job's end")
         wait_until(lambda: not running(fleet.workers[0]), 5, "its slot is free")
         with pytest.raises(LostState):
-            job.result(10)
+            job.result(30)
 
 
 def test_power_loss_with_everysec_loses_a_second_and_says_so(fleet: Fleet) -> None:

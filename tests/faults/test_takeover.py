@@ -14,6 +14,7 @@ import redis
 
 from tests.faults.trial import Trial, ledger_of
 from tests.fleets import Fleet, Worker
+from tests.processes import on_this_machine
 from tokenfleet.engines.scripted import salt_of
 from tokenfleet.wire.events import AnyEvent, Delta, Finished
 from tokenfleet.wire.keys import Keys
@@ -52,7 +53,7 @@ def test_stream_survives_the_worker_that_was_writing_it(fleet: Fleet, how: str) 
     assert events[-1].usage.attempts == 2
     assert indices_of(events) == list(range(TOKENS))
     assert ids_of(list(job.stream())) == ids, "a reader opened after the end sees the same"
-    assert stall_s < 5.0
+    assert stall_s < on_this_machine(5.0)
     # Tokens before the cut carry the first attempt's salt, those after it the second's.
     salts = [salt_of(i) for i in ids]
     assert len(set(salts[:cut])) == 1
@@ -122,5 +123,5 @@ def test_a_lost_celery_message_is_found(fleet: Fleet) -> None:
     fleet.start_worker()
     started = time.monotonic()
     assert len(job.result(30).choices[0].ids) == 20
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < on_this_machine(15)
     assert job.status().attempts == 1

@@ -41,7 +41,7 @@ def test_a_job_streams_its_tokens_and_ends_once(client: Client) -> None:
     assert isinstance(events[-1], Finished)
     assert len(ids_of(events)) == 40 == events[-1].usage.completion_tokens
     assert stream.cursor == len(events)
-    result = job.result(10)
+    result = job.result(30)
     assert result.text == "".join(e.text for e in events if isinstance(e, Delta))
     assert result.choices[0].finish_reason == "length"
     assert list(result.choices[0].ids) == ids_of(events)
@@ -83,7 +83,7 @@ def test_a_running_job_is_cancelled_and_its_slot_is_free(client: Client, served:
         assert job.cancel("enough") == "cancelled"
         assert isinstance(list(stream)[-1], Cancelled)
     with pytest.raises(JobCancelled):
-        job.result(5)
+        job.result(30)
     wait_until(
         lambda: any(line["event"] == "end" and line["reason"] == "abort" for line in served.workers[0].record), 5
     )
@@ -116,7 +116,7 @@ def test_bad_requests_are_refused_at_the_producer(client: Client) -> None:
     with pytest.raises(UnknownModel):
         client.submit("count", model="no such model")
     with pytest.raises(UnknownJob):
-        client.job(new_id()).result(5)
+        client.job(new_id()).result(30)
     with pytest.raises(UnknownJob):
         client.job("*").status()
 
@@ -133,7 +133,7 @@ def test_celerys_async_result_works(client: Client, served: Fleet) -> None:
     app = Celery(broker=served.redis.celery_url, backend=served.redis.celery_url)
     job = client.submit("count", max_new_tokens=12)
     value = app.AsyncResult(job.id).get(timeout=20)
-    assert value["choices"][0]["text"] == job.result(5).text
+    assert value["choices"][0]["text"] == job.result(30).text
 
 
 def test_a_delayed_job_waits(client: Client) -> None:

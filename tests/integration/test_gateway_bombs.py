@@ -162,7 +162,7 @@ def test_forms_are_bounded(gateway: Gateway) -> None:
 
 def test_a_length_that_lies_is_refused(gateway: Gateway) -> None:
     host, port = gateway.url.removeprefix("http://").split(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=10)
+    connection = http.client.HTTPConnection(host, int(port), timeout=30)
     connection.putrequest("POST", "/v1/files")
     connection.putheader("Content-Type", "multipart/form-data; boundary=x")
     connection.putheader("Content-Length", str(10**12))
@@ -174,7 +174,7 @@ def test_a_length_that_lies_is_refused(gateway: Gateway) -> None:
 def test_an_upload_that_breaks_off_leaves_nothing(gateway: Gateway, client: openai.OpenAI) -> None:
     before = [file.id for file in client.files.list()]
     host, port = gateway.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as line:
+    with socket.create_connection((host, int(port)), timeout=30) as line:
         head = b"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Length: 10000\r\n"
         line.sendall(head + b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\nContent-Dispo")
     assert client.files.create(file=("a", b"{}"), purpose="batch").bytes == 2

@@ -28,7 +28,7 @@ def small(_session_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 def document(gateway: Gateway) -> dict[str, Any]:
-    with urllib.request.urlopen(f"{gateway.url}/openapi.json", timeout=10) as reply:
+    with urllib.request.urlopen(f"{gateway.url}/openapi.json", timeout=30) as reply:
         return dict(json.loads(reply.read()))
 
 
@@ -84,5 +84,5 @@ def test_nothing_that_fits_the_document_is_a_server_error(small: Gateway) -> Non
 def test_a_good_request_still_succeeds(small: Gateway) -> None:
     body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi."}], "max_tokens": 2}
     request = urllib.request.Request(f"{small.url}/v1/chat/completions", json.dumps(body).encode())
-    with urllib.request.urlopen(request, timeout=10) as reply:
+    with urllib.request.urlopen(request, timeout=30) as reply:
         assert reply.status == 200

@@ -220,7 +220,7 @@ def sent_until_cut(connection: socket.socket) -> int:
 def test_a_head_without_end_is_cut_off(gateway: Gateway) -> None:
     before = psutil.Process(gateway.process.pid).memory_info().rss
     for start in (b"GET /health HTTP/1.1\r\nX-Long: ", b"GET /"):
-        with socket.create_connection(("127.0.0.1", port_of(gateway)), timeout=10) as connection:
+        with socket.create_connection(("127.0.0.1", port_of(gateway)), timeout=30) as connection:
             connection.sendall(start)
             assert sent_until_cut(connection) < 5_000_000
     assert psutil.Process(gateway.process.pid).memory_info().rss < before + 20_000_000
@@ -247,7 +247,7 @@ def test_a_bad_request_harms_no_stream_beside_it(gateway: Gateway, caller: Calle
     ("GET", "/v1/models/../../etc/passwd", 404, "model_not_found"), ("GET", "/v1/models/%00", 404, "model_not_found"),
 ])  # fmt: skip
 def test_routing_errors_have_the_same_shape(gateway: Gateway, method: str, path: str, status: int, code: str) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", port_of(gateway), timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", port_of(gateway), timeout=30)
     connection.request(method, path)
     with contextlib.closing(connection):
         reply = connection.getresponse()

@@ -20,6 +20,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from tests.fleets import MODEL, Fleet, wait_until
 from tests.gateways import Gateway, start_gateway
+from tests.processes import on_this_machine
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Say something."}]
 TOOLS: list[Any] = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
@@ -238,8 +239,8 @@ def test_who_leaves_is_cancelled_in_two_seconds(
         with pytest.raises(openai.APITimeoutError):
             calls[route](client.with_options(timeout=0.7))
     left = time.monotonic()
-    wait_until(lambda: aborts(served) == before + 1, 5)
-    assert time.monotonic() - left < 2.5  # 2 s, and what the test itself takes
+    wait_until(lambda: aborts(served) == before + 1, 20)
+    assert time.monotonic() - left < on_this_machine(2.5)  # 2 s, and what the test itself takes
 
 
 def test_a_background_response_goes_on_without_its_client(client: openai.OpenAI, served: Fleet) -> None:

@@ -229,12 +229,12 @@ def test_concurrent_jobs_and_the_queue_share_are_bounded(
         wanted = {"model": MODEL, "messages": MESSAGES, "max_tokens": 5000, "stream": True}
         with client_of(gateways[k], keys["bob"]).chat.completions.create(**wanted) as chunks:
             next(iter(chunks))
-            running.wait(20)
-            go_on.wait(20)
+            running.wait(60)
+            go_on.wait(60)
 
     with ThreadPoolExecutor(2) as pool:
         streams = [pool.submit(stream, k) for k in range(2)]
-        running.wait(20)
+        running.wait(60)
         for gateway in gateways:
             with pytest.raises(openai.RateLimitError) as caught:
                 client_of(gateway, keys["bob"]).chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=1)

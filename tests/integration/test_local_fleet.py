@@ -21,7 +21,7 @@ import msgspec
 import pytest
 import redis
 
-from tests.processes import all_gone, eventually, is_alive, throughout
+from tests.processes import all_gone, eventually, is_alive, on_this_machine, throughout
 from tokenfleet.producer import local_fleet, local_fleet_steps
 from tokenfleet.producer.local_fleet import LocalFleet, ensure
 from tokenfleet.wire.errors import ConfigurationError, FleetUnavailable
@@ -121,7 +121,7 @@ def test_a_fleet_comes_up_step_by_step_and_goes_down_workers_first(place: Path) 
 
 def test_everything_is_the_owners_alone(place: Path) -> None:
     with ensure("one", config(worker={"hf_token": "secret"})) as fleet:
-        fleet.wait_ready(30)
+        fleet.wait_ready(60)
         folder = folder_of("one")
         for path in (folder.path, folder.data, folder.path.parent, *folder.path.iterdir(), *folder.data.iterdir()):
             assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
@@ -140,7 +140,7 @@ def test_workers_find_settings_report_file_and_gpus_before_they_start(
     monkeypatch.setenv("TOKENFLEET_MODEL", "another")
     wanted = config(workers=2, gpus=("0", "1", "4", "5"), worker={"model": "m", "engine_args": {"dtype": "float16"}})
     with ensure("one", wanted) as fleet:
-        fleet.wait_ready(30)
+        fleet.wait_ready(60)
         eventually(lambda: all(w.state == "ready" for w in state_of(fleet).workers))
         for worker, gpus in zip(state_of(fleet).workers, ("0,1", "4,5"), strict=True):
             environ = Path(f"/proc/{worker.pid}/environ").read_bytes().decode().split("\0")
@@ -201,7 +201,7 @@ async def test_a_cancelled_start_is_in_nobodys_way(place: Path) -> None:
     with pytest.raises(asyncio.CancelledError):
         await starting
     with ensure("one", config()) as fleet:
-        fleet.wait_ready(30)
+        fleet.wait_ready(60)
 
 
 # ---- shared ----
@@ -211,7 +211,7 @@ HOLDER = """
     from tests.integration.test_local_fleet import config
     from tokenfleet.producer.local_fleet import ensure
     fleet = ensure("shared", config(**eval(sys.argv[1])))
-    print(fleet.wait_ready(30).pid, flush=True)
+    print(fleet.wait_ready(60).pid, flush=True)
     sys.stdin.read()
 """
 
@@ -263,7 +263,7 @@ def test_users_who_come_while_it_stops_for_want_of_users_get_a_new_one(place: Pa
 
 def test_running_jobs_are_users_too(place: Path) -> None:
     with ensure("one", config("busy", place, idle_stop_s=0.3)) as fleet:
-        fleet.wait_ready(30)
+        fleet.wait_ready(60)
         family = family_of(fleet)
     throughout(lambda: local_fleet.status("one") is not None, 1.0)
     (place / "done").touch()
@@ -304,7 +304,7 @@ def test_a_name_is_never_a_path(place: Path, name: str) -> None:
 
 def test_a_private_fleet_leaves_no_process_and_no_file(place: Path) -> None:
     with ensure(config=config("parent", place), private=True) as fleet:
-        fleet.wait_ready(30)
+        fleet.wait_ready(60)
         family = family_of(fleet)
         assert fleet.fleet == "private"
         assert local_fleet.running() == ()
@@ -322,7 +322,7 @@ OWNER = """
     from tests.integration.test_local_fleet import config, family_of
     from tokenfleet.producer.local_fleet import ensure
     fleet = ensure(config=config("parent", sys.argv[1]), private=True)
-    fleet.wait_ready(30)
+    fleet.wait_ready(60)
     print(*family_of(fleet), flush=True)
     if sys.argv[2] == "fork" and os.fork() == 0:
         os.close(1)
@@ -371,7 +371,7 @@ def test_what_a_private_fleet_left_when_all_was_killed_is_swept_by_the_next(plac
 
 def test_a_killed_supervisor_takes_all_with_it_and_the_next_fleet_has_the_data(place: Path) -> None:
     fleet = ensure("one", config("parent", place))
-    fleet.wait_ready(30)
+    fleet.wait_ready(60)
     with client_of(fleet) as client:
         client.set("k", "v")
     family = family_of(fleet)
@@ -383,9 +383,9 @@ def test_a_killed_supervisor_takes_all_with_it_and_the_next_fleet_has_the_data(p
         fleet.wait_ready(10)
     with ensure("one", config("parent", place)) as new:
         assert all_gone(family)  # it did not start beside the old one's remains
-        assert time.monotonic() - killed_at < 10
+        assert time.monotonic() - killed_at < on_this_machine(10)
         assert new.url == fleet.url
-        new.wait_ready(30)
+        new.wait_ready(60)
         with client_of(new) as client:
             assert client.get("k") == b"v"
     fleet.close()
@@ -393,7 +393,7 @@ def test_a_killed_supervisor_takes_all_with_it_and_the_next_fleet_has_the_data(p
 
 def test_a_killed_redis_is_back_under_the_same_url_with_its_data(place: Path) -> None:
     with ensure("one", config()) as fleet, client_of(fleet) as client:
-        before = fleet.wait_ready(30)
+        before = fleet.wait_ready(60)
         client.set("k", "v")
         for _ in range(2):
             pid = state_of(fleet).redis_pid
@@ -407,7 +407,7 @@ def test_a_killed_redis_is_back_under_the_same_url_with_its_data(place: Path) ->
 @pytest.mark.parametrize("victim", ["worker", "guard"])
 def test_a_killed_worker_is_replaced_and_its_children_are_gone(place: Path, victim: str) -> None:
     with ensure("one", config("parent", place)) as fleet:
-        first = fleet.wait_ready(30).workers[0].pid
+        first = fleet.wait_ready(60).workers[0].pid
         child = int((place / f"child-{first}").read_text())
         guard = next(ppid for ppid, pids in lifeline.children_by_parent().items() if first in pids)
         os.kill(first if victim == "worker" else guard, signal.SIGKILL)
@@ -419,7 +419,7 @@ def test_a_killed_worker_is_replaced_and_its_children_are_gone(place: Path, vict
 def test_a_worker_that_never_starts_is_given_up_with_its_last_words(place: Path) -> None:
     fleet = ensure("one", config("broken", start_attempts=2))
     with pytest.raises(FleetUnavailable) as caught:
-        fleet.wait_ready(30)
+        fleet.wait_ready(60)
     error = caught.value
     assert error.code == "fleet_failed"
     assert "2 times in a row" in error.message
@@ -428,14 +428,14 @@ def test_a_worker_that_never_starts_is_given_up_with_its_last_words(place: Path)
     assert str(folder_of("one").worker_log(0)) in error.hint
     # The next user, with better settings, is not stuck with the failed fleet, even while somebody holds on to it.
     with ensure("one", config()) as better:
-        better.wait_ready(30)
+        better.wait_ready(60)
     fleet.close()
 
 
 def test_a_workers_own_error_reaches_the_user_at_once_and_the_fleet_makes_room(place: Path) -> None:
     fleet = ensure("one", config("misconfigured", start_attempts=100))
     with pytest.raises(ConfigurationError, match="No such engine: 'warp'") as caught:
-        fleet.wait_ready(30)
+        fleet.wait_ready(60)
     assert caught.value.hint == "Use transformers."
     assert state_of(fleet).workers[0].restarts == 0
     pid = state_of(fleet).pid
@@ -454,7 +454,7 @@ def test_a_redis_that_never_starts_is_given_up_with_its_last_words(place: Path) 
 
 def test_what_survived_supervisor_and_guard_is_killed_by_the_next_fleet(place: Path) -> None:
     with ensure("one", config("forker", place)) as fleet:
-        worker = fleet.wait_ready(30).workers[0].pid
+        worker = fleet.wait_ready(60).workers[0].pid
         family = family_of(fleet)
         orphan = int((place / f"child-{worker}").read_text())
         for pid in family:
@@ -470,7 +470,7 @@ def test_what_survived_supervisor_and_guard_is_killed_by_the_next_fleet(place: P
 
 def test_a_private_fleet_that_fails_leaves_nothing_either(place: Path) -> None:
     with ensure(config=config("misconfigured"), private=True) as fleet, pytest.raises(ConfigurationError, match="warp"):
-        fleet.wait_ready(30)
+        fleet.wait_ready(60)
     assert files_left(place) == []
 
 
@@ -484,7 +484,7 @@ def test_waiting_for_a_slow_load_ends_with_how_far_it_is(place: Path) -> None:
 
 def test_a_worker_that_does_not_end_is_killed_after_the_grace(place: Path) -> None:
     with ensure("one", config("stubborn", stop_grace_s=0.5)) as fleet:
-        fleet.wait_ready(30)
+        fleet.wait_ready(60)
         family = family_of(fleet)
         fleet.stop()
         assert all_gone(family)
@@ -507,7 +507,7 @@ def test_a_stale_runtime_folder_is_taken_over_and_no_stranger_is_killed(
         assert local_fleet.status("one") is None
         assert not local_fleet.down("one")
         with ensure("one", config()) as fleet:
-            fleet.wait_ready(30)
+            fleet.wait_ready(60)
             assert fleet.url != stale.url
         # Even with a supervisor there, a process that merely got its number is left alone.
         local_fleet.down("one")

@@ -87,7 +87,7 @@ def test_celerys_transport_finds_it_too(sentinel_url: str) -> None:
     connection = Connection(urls.to_celery(sentinel_url), transport_options=options)
     with connection, connection.SimpleQueue("q") as queue:
         queue.put({"job": 1})
-        message = queue.get(timeout=10)
+        message = queue.get(timeout=30)
         message.ack()
         assert message.payload == {"job": 1}
     with urls.connect(sentinel_url) as client:

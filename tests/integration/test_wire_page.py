@@ -69,7 +69,7 @@ def test_a_stranger_submits_and_follows(served: Fleet) -> None:
     assert sum(len(d["ids"]) for d in deltas) == 50
     assert events[-1][1]["usage"]["completion_tokens"] == 50
     text = "".join(d["text"] for d in deltas)
-    assert served.client().job(job_id).result(5).text == text
+    assert served.client().job(job_id).result(30).text == text
     page = (ROOT / "docs" / "wire.md").read_text()
     for _, event in events:
         assert f"| `{event['type']}` |" in page
