@@ -10,11 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.integration.test_responses import EVENTS, check_order
 from tokenfleet.engines.templates import sandbox
 from tokenfleet.engines.templates.choice import Offer
 from tokenfleet.engines.templates.forced import call_forms, call_grammar
 from tokenfleet.engines.templates.schema import tool_format
 from tokenfleet.engines.templates.tools import Call, write_calls
+from tokenfleet.producer.gateway.response_events import ResponseFold
+from tokenfleet.producer.gateway.response_items import Asked
+from tokenfleet.wire.events import AnyEvent, ChoiceFinished, Delta, Finished, Queued, Started, Usage
 from tokenfleet.wire.toolcalls import ParsedDelta, ToolCallDelta, ToolParser, assemble, parse
 
 llguidance = pytest.importorskip("llguidance")
@@ -144,6 +148,25 @@ def test_one_call_is_one_if_there_may_be_no_more() -> None:
     text = said("qwen", "", GOOD, OTHER)
     assert len(parse(text, parser_of("qwen", "")).tool_calls) == 2
     assert len(parse(text, parser_of("qwen", "", is_parallel=False)).tool_calls) == 1
+
+
+@pytest.mark.parametrize("reason", ["stop", "length"])
+def test_a_responses_stream_shows_them_as_openai_does(reason: str) -> None:
+    text = said("qwen", "", GOOD, OTHER)
+    text = text if reason == "stop" else text[: text.index("dź")]
+    log: list[AnyEvent] = [Queued(t_ms=1_700_000_000_000, model="m"), Started(1, "w", 7, parser_of("qwen", ""))]
+    log += [Delta(0, k, (5,), char) for k, char in enumerate(text)]
+    log += [ChoiceFinished(0, reason, len(text)), Finished(Usage(7, len(text)))]
+    fold = ResponseFold("resp_1", "job", Asked({"model": "m", "input": "Hi!"}))
+    events = [shown for event in log for shown in fold.feed(event)]
+    for event in events:
+        EVENTS.validate_python(event, strict=True)
+    check_order(events)
+    pieces = [event["delta"] for event in events if event["type"] == "response.function_call_arguments.delta"]
+    assert len(pieces) > 10
+    calls = fold.response["output"]
+    assert "".join(pieces) == "".join(call["arguments"] for call in calls)
+    assert [call["status"] for call in calls] == (["completed"] * 2 if reason == "stop" else ["incomplete"])
 
 
 @pytest.mark.parametrize("text", ["", "no call", ' "unknown", "arguments": {}}\n</tool_call>', ' "weather", "argu'])
