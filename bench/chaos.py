@@ -57,6 +57,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, action="append", help="these seeds only")
     parser.add_argument("--results", type=Path, help="keep rows in this file, and write all that it has")
     parser.add_argument("--render", action="store_true", help="run nothing: only write what --results has")
+    parser.add_argument("--keep", type=Path, help="let the evidence of each trial stay in this folder")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/reliability.md")
     args = parser.parse_args()
     scale = Scale()
@@ -65,6 +66,7 @@ def main() -> int:
                       leak_jobs=50_000, outages=5)  # fmt: skip
     elif args.quick:
         scale = Scale(streams=16, kills=3, seeds=(1,), flood=500, leak_jobs=2000, outages=1, tokens=500)
+    scale.keep = args.keep
     wanted = [] if args.render else args.trials or [*TRIALS, *TEXTS]
     size = " --full" if args.full else " --quick" if args.quick else ""
     seeds = tuple(args.seed) if args.seed else scale.seeds

@@ -31,6 +31,8 @@ class Scale:
     flood: int = 2000
     leak_jobs: int = 10_000
     outages: int = 3
+    keep: Path | None = None
+    """Where the evidence of each trial stays; ``python -m bench.chaos_stalls`` reads it."""
 
 
 @dataclass
@@ -71,10 +73,20 @@ def streaming(scale: Scale, seed: int) -> Iterator[Run]:
     """All streams running on two workers."""
     with (
         running_server() as server,
-        tempfile.TemporaryDirectory(prefix="tf-chaos-") as folder,
-        streaming_on(RedisServer(server, new_fleet_name()), Path(folder), scale, seed) as run,
+        folder_of(scale, seed) as folder,
+        streaming_on(RedisServer(server, new_fleet_name()), folder, scale, seed) as run,
     ):
         yield run
+
+
+@contextmanager
+def folder_of(scale: Scale, seed: int) -> Iterator[Path]:
+    if scale.keep is None:
+        with tempfile.TemporaryDirectory(prefix="tf-chaos-") as folder:
+            yield Path(folder)
+    else:
+        scale.keep.mkdir(parents=True, exist_ok=True)
+        yield Path(tempfile.mkdtemp(prefix=f"{time.strftime('%H%M%S')}-seed{seed}-", dir=scale.keep))
 
 
 @contextmanager
