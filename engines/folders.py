@@ -75,6 +75,11 @@ def architectures(model: Path) -> tuple[str, ...]:
     return tuple(read_json(model / "config.json").get("architectures") or ())
 
 
+def has_processor(model: Path) -> bool:
+    """Whether its makers gave it something that prepares media."""
+    return any((model / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
+
+
 def first_line(error: BaseException) -> str:
     """What a foreign error says, in a line; of pydantic's the last one, which has the reason."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -100,6 +100,7 @@ def _arguments(folder: Path, lora: Mapping[str, Path], options: SglangOptions) -
     args: dict[str, Any] = {
         "log_level": "warning",
         "load_format": "auto" if options.allow_pickle else "safetensors",
+        "sleep_on_idle": True,  # else a scheduler with nothing to do keeps a core busy
         "random_seed": 0,  # of nothing that a request sees; another one per start would be another order of ranks
     }
     if not torch.cuda.is_available():

@@ -13,7 +13,7 @@ import torch
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalProcessorOutput
 
 from tokenfleet.engines.base import Media
-from tokenfleet.engines.folders import architectures
+from tokenfleet.engines.folders import architectures, has_processor
 from tokenfleet.engines.media.failures import invalid
 from tokenfleet.engines.media.processing import MediaProcessor, load_processor
 from tokenfleet.engines.sglang_engine import compat
@@ -97,7 +97,7 @@ def media_processor(folder: Path, tokenizer: Any, options: SglangOptions) -> Med
     names = set(architectures(folder))
     if SGLANG_MEDIA.keys() & names:
         return load_processor(folder, tokenizer, options, trust_remote_code=options.trust_remote_code)
-    if any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+    if has_processor(folder):
         why = next(map(REFUSED_SGLANG_MEDIA.__getitem__, REFUSED_SGLANG_MEDIA.keys() & names), OTHER_SGLANG_MEDIA)
         log.warning("This model gets texts only. %s Serve it with transformers or vLLM. See %s", why.reason, why.source)
     return None

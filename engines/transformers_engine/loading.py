@@ -223,15 +223,22 @@ def _weights(folder: Path, config: Any, device: torch.device, options: Transform
         more["attn_implementation"] = _ATTENTION[options.flash_attn]
     if options.quantization_bit is not None:
         more["quantization_config"] = _quantization(options)
-    return kind.from_pretrained(
+    model, report = kind.from_pretrained(
         folder,
         config=config,
         dtype=_dtype(options, device),
         device_map="auto" if device.type == "cuda" else None,
         use_safetensors=None if options.allow_pickle else True,
         trust_remote_code=options.trust_remote_code,
+        output_loading_info=True,
         **more,
     )
+    if missing := sorted(report["missing_keys"]):  # transformers fills them with chance, and warns
+        raise ConfigurationError(
+            f"The model {options.shown_name!r} lacks {len(missing)} of its weights: {', '.join(missing[:3])}, …",
+            hint="Are all of its files there, and of one version?",
+        )
+    return model
 
 
 def _is_multimodal(config: Any) -> bool:

@@ -15,7 +15,7 @@ from tokenfleet.engines.rewards import RewardHead, find_value_head, no_rewards
 from tokenfleet.engines.rope import overridden
 from tokenfleet.engines.vllm_engine import adapters as lora
 from tokenfleet.engines.vllm_engine import compat
-from tokenfleet.engines.vllm_engine.media import VllmMedia
+from tokenfleet.engines.vllm_engine.media import VllmMedia, check_folder
 from tokenfleet.engines.vllm_engine.options import VllmOptions
 from tokenfleet.wire.errors import ConfigurationError, EngineDead
 
@@ -61,6 +61,8 @@ def load(options: VllmOptions) -> LoadedVllm:
     """Blocks for a minute. Raises `ConfigurationError` for what can't be loaded, `UnknownModel`, `EngineDead`."""
     with contextlib.ExitStack() as folders:
         parts = _parts(options, folders)
+        if not parts.is_pooling:
+            check_folder(parts.model, options, trust_remote_code=options.trust_remote_code)
         engine, tokenizer = _started(parts, options)
         takes_media = engine.model_config.is_multimodal_model and not parts.is_pooling
         media = VllmMedia(engine, options) if takes_media else None

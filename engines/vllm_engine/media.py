@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import transformers
+
 from tokenfleet.engines.base import Media
+from tokenfleet.engines.folders import has_processor
 from tokenfleet.engines.media import Decoded, MediaSettings, Video, decode
 from tokenfleet.engines.media.decoding import Recent, digest_of
 from tokenfleet.engines.media.failures import invalid
@@ -85,6 +89,18 @@ class VllmMedia:
 
     def _decoded(self, media: Sequence[Media]) -> Decoded:
         return self._recent.get(digest_of(media), lambda: decode(media, self._settings, is_qwen=self._is_qwen))
+
+
+def check_folder(folder: Path, settings: MediaSettings, *, trust_remote_code: bool) -> None:
+    """Raises `ConfigurationError` for settings that the model in ``folder`` can't honour, before vLLM takes half a
+    minute to start; `VllmMedia` asks again, of the processor that vLLM uses."""
+    if not has_processor(folder):
+        return
+    try:
+        processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ImportError, AttributeError, OSError, ValueError, TypeError, KeyError):
+        return  # vLLM may have one of its own
+    check_settings(processor, settings)
 
 
 def _data(decoded: Decoded, settings: MediaSettings) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One engine a session, each test once with every engine.
+"""One engine a module, each test once with every engine.
 
 ``TOKENFLEET_CONTRACT_ENGINES=vllm`` (names of `SUBJECTS`, separated by commas) takes others than the default two."""
 
@@ -13,7 +13,7 @@ from tests.contract.subjects import SUBJECTS
 _NAMES = os.environ.get("TOKENFLEET_CONTRACT_ENGINES", "scripted,transformers").split(",")
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session", params=_NAMES)
+@pytest_asyncio.fixture(scope="module", loop_scope="session", params=_NAMES)
 async def subject(request, tmp_path_factory):
     name = request.param
     async with SUBJECTS[name](tmp_path_factory.mktemp(name)) as subject:

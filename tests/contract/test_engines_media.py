@@ -298,8 +298,6 @@ async def test_long_images_are_cut_where_that_is_asked_for(engine_name, family, 
     ids=str,
 )
 async def test_a_setting_that_a_model_can_not_honour_is_refused_at_the_start(engine_name, family, setting, tmp_path):
-    if engine_name == "vllm" and family == "llava":
-        pytest.skip("the same check, half a minute each")
     await asyncio.to_thread(save, family, tmp_path)
     with pytest.raises(ConfigurationError, match=next(iter(setting))):
         await load(engine_name, {**arguments(engine_name, tmp_path), **setting}, ModelSettings("m"))

@@ -101,6 +101,19 @@ async def test_a_checkpoint_quantised_in_a_way_that_is_not_there_says_what_is_mi
             pass
 
 
+async def test_a_model_that_lacks_weights_is_not_completed_by_chance(llama, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = copied(llama[0], tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    (folder / "model.safetensors").unlink()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigurationError, match=r"lacks 1 .*layers\.1\.mlp\.up_proj"):
+        async with started(folder):
+            pass
+
+
 async def test_a_model_that_gives_no_scores_is_no_reward_model(llama):
     with pytest.raises(ConfigurationError, match="value head"):
         async with started(llama[0], rewards=True):
