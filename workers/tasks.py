@@ -12,6 +12,7 @@ from typing import Any
 from celery.exceptions import Ignore
 from celery.worker.request import Request
 
+from tokenfleet.wire.errors import CallerError
 from tokenfleet.wire.jobs import JobOptions
 from tokenfleet.wire.requests import chat_request, score_request
 from tokenfleet.workers.celery_app import app, runtime
@@ -34,7 +35,8 @@ class QuietRequest(Request):
         return {**super().info(safe=True), "args": self.argsrepr, "kwargs": self.kwargsrepr}
 
 
-@app.task(name="tokenfleet.run", base=AsyncTask)
+# A wrong request is no fault of the worker: Celery logs what a task ``throws`` in a line, all else as a traceback.
+@app.task(name="tokenfleet.run", base=AsyncTask, throws=(CallerError,))
 async def run(job_id: str) -> None:
     """Run a job to its end. A duplicate, late, cancelled or expired message claims nothing."""
     if not await runtime().run_job(job_id):
@@ -51,7 +53,7 @@ class Intake(AsyncTask):
     store_errors_even_if_ignored = True
 
 
-@app.task(name="tokenfleet.chat", base=Intake, bind=True)
+@app.task(name="tokenfleet.chat", base=Intake, bind=True, throws=(CallerError,))
 async def chat(self: Any, messages: Any = (), **named: Any) -> None:
     """Queue a chat as `Client.submit` does, under this task's id."""
     request, options = chat_request(messages, named)
@@ -59,7 +61,7 @@ async def chat(self: Any, messages: Any = (), **named: Any) -> None:
     raise Ignore
 
 
-@app.task(name="tokenfleet.score", base=Intake, bind=True)
+@app.task(name="tokenfleet.score", base=Intake, bind=True, throws=(CallerError,))
 async def score(self: Any, texts: Any, **named: Any) -> None:
     """Queue texts to be scored as `Client.submit_scores` does, under this task's id."""
     request, options = score_request(texts, named)
