@@ -12,6 +12,8 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     # Its top-k and top-p draw by rejection: another distribution of seeds, and it compiles at the first request.
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    # A core told to leave waits so long for its worker, in vain; what is left of them leaves with us (lifeline).
+    "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",
     # Without this the engine core pins itself to cores, on a small machine to the very one that the worker runs on.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
