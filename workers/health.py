@@ -12,14 +12,21 @@ class Progress:
     """Watches the engine's step counter, from the lease's thread. ``busy_tokens`` are the prompt tokens of the running
     jobs: the allowance grows with them, since a long prefill is one step on some engines."""
 
-    def __init__(self, steps: Callable[[], int], hang_s: float) -> None:
+    def __init__(self, steps: Callable[[], int], hang_s: float, beat_s: float = 1.0) -> None:
         self._steps = steps
         self._hang_s = hang_s
-        self._last = (-1, time.monotonic())
+        self._most_s = 3 * beat_s
+        self._asked = time.monotonic()
+        self._last = -1
+        self._stood_s = 0.0
 
     def is_made(self, running: int, busy_tokens: int) -> bool:
         steps, now = self._steps(), time.monotonic()
-        if steps != self._last[0] or not running:
-            self._last = (steps, now)
+        # Where nobody asked for longer than that, the whole process stood still (frozen, or the machine was): that is
+        # no fault of the engine's, which wakes up no sooner than this thread.
+        self._stood_s += min(now - self._asked, self._most_s)
+        self._asked = now
+        if steps != self._last or not running:
+            self._last, self._stood_s = steps, 0.0
             return True
-        return now - self._last[1] < self._hang_s + PREFILL_S_PER_TOKEN * busy_tokens
+        return self._stood_s < self._hang_s + PREFILL_S_PER_TOKEN * busy_tokens

@@ -102,7 +102,7 @@ class Runtime:
         self.lease = Lease(connect_blocking, self.keys, settings.lease, self, self._guardian)
         self._room = asyncio.Condition()
         self._gate = Gate()
-        self._progress = Progress(lambda: self.served.engine.steps, settings.hang_s)
+        self._progress = Progress(lambda: self.served.engine.steps, settings.hang_s, settings.lease.heartbeat_s)
 
     # -- life ---------------------------------------------------------------------------------------------------------
 

@@ -175,12 +175,15 @@ class ScriptedEngine:
         now = asyncio.get_running_loop().time()
         made: dict[Run, None] = {}  # ordered; a late run is in it once
         record: list[tuple[str, int, int, int | None]] | None = [] if self._record is not None else None
-        due = self._due
+        due, most_ms = self._due, self.options.most_behind_ms
+        most_s = None if most_ms is None else most_ms / 1000
         again: list[Run] = []
         while due and due[0][0] <= now and not self._is_frozen:
             run = heapq.heappop(due)[2]
             if run.is_over:
                 continue
+            if most_s is not None and (late_s := now - run.due - most_s) > 0:
+                run.put_off(late_s)
             if run.fault is not None and run.fault.at == run.index:
                 self._flush(made, record)
                 made, record = {}, [] if record is not None else None

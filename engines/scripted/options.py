@@ -22,6 +22,9 @@ class ScriptedOptions(BaseModel):
     token_ms: float = Field(0.0, ge=0, le=3_600_000)
     """Between tokens of a sequence. Token i is due at start + ttft + i * token_ms whatever came before, so delays don't
     add up. 0: as fast as the loop turns."""
+    most_behind_ms: float | None = Field(None, ge=0)
+    """A sequence that is later than this (the machine stood still) makes up for no more; its other tokens are put off.
+    None: it makes up for all, several tokens in one step."""
     eos_after: int | None = Field(None, ge=0)
     """EOS is token number ``eos_after`` (counted from 0) of every choice, later if min_tokens bars it. None: never."""
     salted: bool = False

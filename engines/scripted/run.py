@@ -80,6 +80,11 @@ class Run:
         wait_s = self._options.ttft_ms / 1000 + tokens * self._options.prefill_us_per_token / 1e6
         self.due = self._first_due = now + wait_s
 
+    def put_off(self, late_s: float) -> None:
+        """Have all further tokens come later."""
+        self.due += late_s
+        self._first_due += late_s
+
     def step(self) -> int:
         """Make the next token; sets ``reason`` if it is the last one."""
         index = self.index

@@ -165,6 +165,23 @@ async def test_the_clock_is_exact_and_delays_do_not_add_up(start, monkeypatch):
     assert max(late[5:12]) > 0.04
 
 
+async def test_what_a_standstill_took_is_put_off_beyond_what_may_be_made_up_for(start, monkeypatch):
+    loop = asyncio.get_running_loop()
+    clock = Clock(loop, monkeypatch)
+    engine = await start(token_ms=10, most_behind_ms=30)
+    began, times = clock.now, []
+    async for chunk in engine.generate(sequence()):
+        times += [clock.now - began] * len(chunk.ids)
+        if len(times) == 5:
+            clock.now += 5.0  # the machine stood still
+    due = [i * 0.01 for i in range(20)]
+    late = [actual - each for actual, each in zip(times, due, strict=True)]
+    assert max(late[:5]) < 0.0021
+    # Those of the last 30 ms come at once; the rest as much later as nobody made up for.
+    assert late[5] == pytest.approx(4.99, abs=0.02)
+    assert late[9:] == [pytest.approx(4.96, abs=0.02)] * 11
+
+
 async def test_sequences_beyond_the_slots_wait_their_turn(start, monkeypatch):
     clock = Clock(asyncio.get_running_loop(), monkeypatch)
     engine = await start(slots=2, token_ms=10)
