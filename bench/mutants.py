@@ -110,7 +110,7 @@ MUTANTS = [
     ),
     Mutant(
         "lost-by-age", "a backlog is no loss", "wire/lua/reap.lua",
-        "local lost = empty and NOW", "local lost = NOW",
+        "local lost = empty and (NOW - sent", "local lost = (NOW - sent",
         faults("overload.py::test_a_backlog_of_10000_is_no_loss"),
     ),
     Mutant(
@@ -119,15 +119,24 @@ MUTANTS = [
         faults("takeover.py::test_a_lost_celery_message_is_found"),
     ),
     Mutant(
+        "lost-with-its-worker", "a dead worker's messages are sent again sooner", "wire/lua/reap.lua",
+        "or sent <= buried and NOW - buried >= ORPHAN_MS", "", (STATEFUL,),
+    ),
+    Mutant(
         "zombie-goes-on", "a fenced attempt stops and frees its slot", "workers/publisher.py",
         "            self._on_lost(status)\n", "",
         faults("fencing.py::test_a_frozen_worker_that_comes_back_is_fenced"),
     ),
     Mutant(
         "leaving-cancels", "a shutdown hands over, it does not cancel", "workers/runtime.py",
-        "            await self._release(attempt)\n        async with",
-        "            await self.ledger.cancel(attempt.claim.job_id)\n        async with",
+        "            await asyncio.gather(*map(self._release, attempts))\n",
+        "            for attempt in attempts:\n                await self.ledger.cancel(attempt.claim.job_id)\n",
         faults("drain.py::test_a_second_signal_hands_over_immediately"),
+    ),
+    Mutant(
+        "leaving-is-a-death", "a shutdown costs a job no strike", "workers/runtime.py",
+        "        async with self._handing_over:\n", "        if True:\n",
+        faults("drain.py::test_after_the_grace_period_jobs_are_handed_over_at_once"),
     ),
     Mutant(
         "handover-is-a-strike", "a shutdown costs a job no strike", "wire/lua/release.lua",
@@ -135,7 +144,7 @@ MUTANTS = [
     ),
     Mutant(
         "hang-not-noticed", "a hung engine loses its lease", "workers/health.py",
-        "return now - self._last[1] <", "return True or now - self._last[1] <",
+        "return self._stood_s <", "return True or self._stood_s <",
         faults("engine_faults.py::test_a_hung_engine_loses_its_lease_by_decision"),
     ),
     Mutant(

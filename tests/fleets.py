@@ -90,7 +90,10 @@ class Fleet:
         """``engine_args`` are the scripted engine's options; ``env`` further TOKENFLEET_* settings."""
         index = len(self.workers)
         record = self.folder / f"record-{index}.jsonl"
-        options = {"record_path": str(record), "allow_faults": True, "token_ms": 5.0, **engine_args}
+        # Streams that a test wants in flight must outlast a machine that stands still: they don't make up for it.
+        options = {
+            "record_path": str(record), "allow_faults": True, "token_ms": 5.0, "most_behind_ms": 250.0, **engine_args
+        }  # fmt: skip
         settings = {
             "TOKENFLEET_REDIS_URL": self.redis.url,
             "TOKENFLEET_FLEET": self.redis.fleet,

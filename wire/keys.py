@@ -38,7 +38,7 @@ All begin with ``tokenfleet:<fleet>:`` but for the Celery queue lists and ``cele
 | batch:<id>           | hash    | a batch: its state, its driver's lease, how far it is        | batch             | retention     |
 | batches:<tenant>     | zset    | the tenant's batches by time                                 | batch, gateways   | when empty    |
 | batches_active       | zset    | batches that have not ended, by time                         | batch             | when empty    |
-| meta                 | hash    | incarnation, last reap, memory sample                        | reap, register    | never         |
+| meta                 | hash    | incarnation, last reap and burial, memory sample             | reap, register    | never         |
 """
 
 from __future__ import annotations

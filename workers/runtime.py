@@ -95,6 +95,7 @@ class Runtime:
         self._was_busy = False
         self._strays: dict[str, int] = {}
         self._giving: set[asyncio.Future[None]] = set()
+        self._handing_over = asyncio.Lock()
         self.ledger = Ledger(self._client, self.keys)
         self.media = MediaStore(self._client, self.keys, MediaSettings(folder=settings.media_folder))
         self.publisher = Publisher(Ledger(connect(), self.keys, replicas=urls.parse(settings.redis_url).replicas))
@@ -172,6 +173,9 @@ class Runtime:
         attempt = Attempt(claim, task, writer)
         self.attempts[job_id] = attempt
         try:
+            if self.is_draining:  # since it was asked for: `hand_over_all` has not seen it
+                await self._release(attempt)
+                return False
             await self._run(attempt)
         except asyncio.CancelledError:
             task.uncancel()
@@ -372,14 +376,17 @@ class Runtime:
         return await patiently(lambda: self.ledger.release(attempt.claim, died=died)) == "ok"
 
     async def hand_over_all(self) -> None:
-        """Stop every running job where it is and give it to the next worker, without a strike."""
+        """Stop every running job where it is and give it to the next worker, without a strike.
+
+        Called again (at the end of the worker's life, say) it returns no sooner than the first call: the lease that is
+        given back next would be a death to whatever has not been released."""
         self.is_draining = True
         attempts = list(self.attempts.values())
         for attempt in attempts:
             attempt.handing_over = True
             attempt.task.cancel()
-        for attempt in attempts:
-            await self._release(attempt)
+        async with self._handing_over:
+            await asyncio.gather(*map(self._release, attempts))
         async with self._room:
             self._room.notify_all()
 

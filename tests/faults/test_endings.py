@@ -16,6 +16,7 @@ from celery import Celery
 
 from tests.faults.trial import Reading, Trial, aborted, ledger_of, running
 from tests.fleets import ROOT, Fleet, wait_until
+from tests.processes import on_this_machine
 from tokenfleet.wire.errors import JobCancelled, JobExpired
 from tokenfleet.wire.keys import Keys
 
@@ -115,9 +116,9 @@ def test_celery_revoke_means_cancel(fleet: Fleet) -> None:
 def test_a_total_deadline_ends_a_running_job_and_one_whose_worker_is_dead(fleet: Fleet) -> None:
     worker = fleet.start_worker(salted=True, token_ms=20.0)
     with Trial(fleet) as trial:
-        short, frozen = (trial.submit("count", max_new_tokens=3000, deadline_s=limit) for limit in (2.0, 5.0))
-        trial.watch([short, frozen])
-        trial.until_streaming(5)
+        short, frozen = (trial.submit("count", max_new_tokens=3000, deadline_s=limit) for limit in (2.0, 7.0))
+        trial.watch(short)
+        trial.until_streaming(5, trial.watch(frozen))
         trial.fault("deadline", cuts=False)
         wait_until(lambda: ledger_of(fleet, short)["state"] == "expired", 10, "the deadline")
         wait_until(lambda: aborted(worker) == 1, 5, "its slot is free")
@@ -141,14 +142,14 @@ def test_a_workers_wrong_clock_is_nobodys_business(fleet: Fleet, off_s: int) -> 
     with Trial(fleet) as trial:
         plain = trial.submit("count", max_new_tokens=400, queue_ttl_s=30, deadline_s=60)
         short = trial.submit("count", max_new_tokens=3000, deadline_s=3.0)
-        trial.watch([plain, short])
-        trial.until_streaming(5)
+        trial.watch(short)
+        trial.until_streaming(5, trial.watch(plain))
         trial.fault("deadline", cuts=False)
         trial.judge()
         assert ledger_of(fleet, plain)["state"] == "finished"
         entry = ledger_of(fleet, short)
         assert entry["state"] == "expired"
-        assert 0 <= int(entry["ended_ms"]) - int(entry["deadline_ms"]) < 3000
+        assert 0 <= int(entry["ended_ms"]) - int(entry["deadline_ms"]) < on_this_machine(10_000)
         assert {ledger_of(fleet, job)["epoch"] for job in (plain, short)} == {"1"}
         assert worker.process.poll() is None
 

@@ -41,9 +41,9 @@ def test_an_engine_that_dies_while_nothing_runs_is_noticed(fleet: Fleet) -> None
 
 
 def test_a_hung_engine_loses_its_lease_by_decision(fleet: Fleet) -> None:
-    first = fleet.start_worker(salted=True, token_ms=10.0, env={"TOKENFLEET_HANG_S": "1.5"})
+    first = fleet.start_worker(salted=True, token_ms=10.0, env={"TOKENFLEET_HANG_S": "3.5"})
     with Trial(fleet) as trial:
-        jobs = trial.submit_many(4, max_new_tokens=500)
+        jobs = trial.submit_many(4, max_new_tokens=700)
         trap = trial.submit("[[fault: freeze at 40 on attempt 1]]", max_new_tokens=400)
         trial.watch([*jobs, trap])
         trial.until_streaming(10)
@@ -88,7 +88,7 @@ def test_one_request_that_fails_fails_alone(fleet: Fleet) -> None:
 
 def test_every_other_process_of_a_worker_may_be_killed(fleet: Fleet) -> None:
     """Its guardian and whatever children it has: one by one, and at last the worker without its guardian."""
-    first = fleet.start_worker(salted=True, token_ms=10.0)
+    first = fleet.start_worker(salted=True, token_ms=40.0)
     with Trial(fleet) as trial:
         jobs = trial.submit_many(4, max_new_tokens=1200)
         trial.watch(jobs)

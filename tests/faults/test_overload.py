@@ -50,7 +50,8 @@ def test_500_calls_at_once_share_the_connections(fleet: Fleet) -> None:
 
 
 def test_a_flood_leaves_every_job_done_or_refused_and_none_run_twice(fleet: Fleet) -> None:
-    fleet.start_worker(salted=True, token_ms=0.0)
+    # Slower than any producer.
+    fleet.start_worker(salted=True, token_ms=5.0, env={"TOKENFLEET_SLOTS": "2"})
     with Trial(fleet, client=fleet.client(max_queued=300)) as trial:
         trial.fault("flood", cuts=False)
         jobs, refused = [], 0

@@ -314,14 +314,18 @@ class LedgerMachine(RuleBasedStateMachine):
                 assert job.id in self._messages(), "it was due, and no message was sent"
                 job.is_delayed = False
 
-    @rule()
-    def settle(self) -> None:
-        """Five seconds pass. In a lane with no messages left, those of all its waiting jobs are lost: sent again."""
+    @rule(since=st.sampled_from(["long ago", "a death", "just now"]))
+    def settle(self, since: str) -> None:
+        """Five seconds pass, or two since a worker's death. In a lane with no messages left, those of all its waiting
+        jobs are lost: sent again. Not what was sent just now, and after that death."""
         self.reap(w=0, is_lapsed=False, was_away=False)
+        now = self.now_ms()
+        sent = {"long ago": 1, "a death": now - 2200, "just now": now}[since]
+        self.client.hset(self.keys.meta, "buried_ms", 0 if since == "long ago" else now - 2100)
         pipe = self.client.pipeline(transaction=False)
         for job in self.model.jobs.values():
             if job.state == "queued" and not job.is_gone:
-                pipe.hset(self.keys.job(job.id), "sent_ms", 1)
+                pipe.hset(self.keys.job(job.id), "sent_ms", sent)
         pipe.execute()
         empty = {lane for lane in LANES if not self.client.llen(self._list(lane))}
         before = self._messages()
@@ -330,7 +334,8 @@ class LedgerMachine(RuleBasedStateMachine):
         for job in self.model.jobs.values():
             if job.state == "queued" and not job.is_gone and not job.is_delayed and not before[job.id]:
                 is_held = job.id in self.model.held.get(job.worker, ())
-                assert bool(after[job.id]) == (job.lane in empty and not is_held)
+                is_lost = since != "just now" and job.lane in empty and not is_held
+                assert bool(after[job.id]) == is_lost
         self.lost -= set(after)
 
     @rule(j=which, is_so=rarely, again=lost_reply)

@@ -4,6 +4,7 @@ local P = ARGV[1]
 local time = redis.call('TIME')
 local NOW = time[1] * 1000 + math.floor(time[2] / 1000)
 local SETTLE_MS = 5000       -- a message is lost only if a later job was claimed this long ago
+local ORPHAN_MS = 2000       -- or its queue is empty, and a worker that may have popped it has been dead for so long
 local MAX_STRIKES = 3
 local LANE = 17592186044416  -- 2^44: a lane's width in a queue's scores
 local MIDDLE = 8796093022208 -- 2^43: new jobs count up from here, handed-over ones down
@@ -227,6 +228,7 @@ local function bury(wid)
   end
   redis.call('DEL', P .. 'jobs:' .. wid, P .. 'held:' .. wid, P .. 'worker:' .. wid)
   redis.call('ZREM', P .. 'workers', wid)
+  redis.call('HSET', P .. 'meta', 'buried_ms', NOW)
   redis.call('PUBLISH', P .. 'ctl:' .. wid, 'fenced')
   return requeued, poisoned
 end

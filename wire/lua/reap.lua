@@ -39,7 +39,8 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. 'due', '-inf', NOW, 'LIMIT'
   end
 end
 
--- Lost messages: kombu pops a message, then records it; a worker that dies in between loses it.
+-- Lost messages: kombu pops a message, then records it; a worker that dies in between, or before it claims, loses it.
+local buried = num(redis.call('HGET', meta, 'buried_ms'))
 local this_second = math.floor(NOW / 1000)
 for _, queue in ipairs(redis.call('SMEMBERS', P .. 'queues')) do
   local waiting = P .. 'queue:' .. queue
@@ -63,9 +64,10 @@ for _, queue in ipairs(redis.call('SMEMBERS', P .. 'queues')) do
         if not f[1] then
           redis.call('ZREM', waiting, id)
         elseif not (f[3] and f[3] ~= '' and redis.call('SISMEMBER', P .. 'held:' .. f[3], id) == 1) then
-          local lost = empty and NOW - num(f[1]) >= SETTLE_MS
+          local sent = num(f[1])
+          local lost = empty and (NOW - sent >= SETTLE_MS or sent <= buried and NOW - buried >= ORPHAN_MS)
           for _, claim in ipairs(settled) do
-            if claim[2] > num(f[2]) and claim[1] > num(f[1]) then lost = true end
+            if claim[2] > num(f[2]) and claim[1] > sent then lost = true end
           end
           if lost then
             send(id, queue, priority, true)
