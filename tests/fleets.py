@@ -69,6 +69,15 @@ class Worker:
     def kill_main(self, how: signal.Signals = signal.SIGKILL) -> None:
         os.kill(self.process.pid, how)
 
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """It takes no job within the block, however long that takes: what is submitted there waits until after it."""
+        self.kill_group(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.kill_group(signal.SIGCONT)
+
     def wait(self, timeout_s: float = 60.0) -> int:
         """Its exit status."""
         return self.process.wait(timeout_s)

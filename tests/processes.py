@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,29 @@ def on_this_machine(limit_s: float) -> float:
     """``limit_s`` of a machine that is free; more on one that is busy, by its load average: what is limited waits for
     its turn there as long."""
     return limit_s * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+class Standstill:
+    """How long this machine has kept a thread of this process from its turn since this was made: no fault of what is
+    timed meanwhile, which had to wait as long."""
+
+    def __init__(self) -> None:
+        self._lost_s = 0.0
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        at = time.monotonic()
+        while not self._is_over.wait(0.01):
+            self._lost_s += max(0.0, time.monotonic() - at - 0.03)
+            at = time.monotonic()
+
+    def end(self) -> float:
+        """Seconds; turns that came within 20 ms are not counted."""
+        self._is_over.set()
+        self._thread.join()
+        return self._lost_s
 
 
 def eventually(condition: Callable[[], object], within_s: float = 20.0, what: str = "") -> None:

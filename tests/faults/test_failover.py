@@ -77,8 +77,7 @@ def test_with_replicas_waited_for_a_failover_loses_nothing(tmp_path: Path) -> No
                 trial.watch(jobs)
                 trial.until_streaming(20)
                 with cluster.frozen_replicas():
-                    time.sleep(0.3)  # what was on its way is through
-                    stood = [reading.tokens for reading in trial.readings]
+                    stood = standing(trial)
                     written = {job.id: written_by(cluster, fleet, job.id) for job in jobs}
                     with pytest.raises(FleetUnavailable):
                         trial.submit("count", max_new_tokens=5)
@@ -95,6 +94,21 @@ def test_with_replicas_waited_for_a_failover_loses_nothing(tmp_path: Path) -> No
                 assert {ledger_of(fleet, job)["strikes"] for job in jobs} == {"0"}
         finally:
             fleet.close()
+
+
+def standing(trial: Trial) -> list[int]:
+    """Tokens of each reader, once what was on its way is through: none has had more for a second."""
+    found, since = [reading.tokens for reading in trial.readings], time.monotonic()
+
+    def is_still() -> bool:
+        nonlocal found, since
+        now = [reading.tokens for reading in trial.readings]
+        if now != found:
+            found, since = now, time.monotonic()
+        return time.monotonic() - since > 1
+
+    wait_until(is_still, 20, "nothing more is delivered")
+    return found
 
 
 def written_by(cluster: ReplicatedRedis, fleet: Fleet, job_id: str) -> int:

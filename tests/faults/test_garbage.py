@@ -128,26 +128,26 @@ def test_garbage_in_the_ledger_fails_that_job_alone(fleet: Fleet) -> None:
     """A job body that fails validation on the worker, as another release's might."""
     keys = Keys(fleet.redis.fleet)
     with Trial(fleet) as trial, fleet.redis.client() as client:
-        fleet.start_worker(wait=False)
-        wait_until(lambda: client.exists(keys.models), 60, "a served model")
+        worker = fleet.start_worker()
         broken = []
-        for field, value in [
-            ("request", b"\xff"),
-            ("request", b"{}"),
-            ("options", b"[]"),
-            ("request", b'{"kind":"chat","x":1}'),
-        ]:
-            job = trial.client.submit("count", max_new_tokens=10, countdown=1)
-            client.hset(keys.job(job.id), field, value)
-            broken.append(job)
-        good = trial.submit("count", max_new_tokens=10, countdown=1)
-        trial.watch(good)
-        trial.fault("garbage", cuts=False)
+        with worker.frozen():
+            for field, value in [
+                ("request", b"\xff"),
+                ("request", b"{}"),
+                ("options", b"[]"),
+                ("request", b'{"kind":"chat","x":1}'),
+            ]:
+                job = trial.client.submit("count", max_new_tokens=10)
+                client.hset(keys.job(job.id), field, value)
+                broken.append(job)
+            good = trial.submit("count", max_new_tokens=10)
+            trial.watch(good)
+            trial.fault("garbage", cuts=False)
         for job in broken:
             with pytest.raises(TokenfleetError):
                 job.result(30)
         trial.until_over(30)
-        assert fleet.workers[0].process.poll() is None
+        assert worker.process.poll() is None
 
 
 def test_unknown_ids_are_unknown_jobs(fleet: Fleet) -> None:

@@ -9,7 +9,6 @@ from itertools import islice
 import pytest
 
 from tests.faults.test_leaks import keys_of
-from tests.faults.trial import running
 from tests.fleets import Fleet, wait_until
 from tests.media import padded, png, wav
 from tokenfleet.wire.errors import MediaGone
@@ -31,26 +30,23 @@ def media_keys(fleet: Fleet) -> list[str]:
 def test_a_stream_with_media_goes_on_when_its_worker_is_killed(fleet: Fleet) -> None:
     folder = fleet.folder / "media"
     env = {"TOKENFLEET_MEDIA_FOLDER": str(folder)}
-    workers = [fleet.start_worker(env=env, wait=False, **OPTIONS) for _ in range(2)]
-    for index, worker in enumerate(workers):
-        fleet.wait_ready(worker, index)
+    first = fleet.start_worker(env=env, **{**OPTIONS, "token_ms": 40.0})
     client = fleet.client(media=MediaSettings(folder=folder, inline_bytes=1000))
     media = {"images": [png(1), padded(png(2), 5000)], "audios": [wav(3, samples=100)]}
     asked = {"do_sample": False, "max_new_tokens": TOKENS, "retention_s": 2.0, **media}
-    undisturbed = client.chat("<image>, <image>: <audio>?", **asked).text
-    assert undisturbed != client.chat("<image>, <image>: <audio>?", **{**asked, "images": [png(2), png(1)]}).text
     job = client.submit("<image>, <image>: <audio>?", **asked)
     with job.stream() as stream:
         events = list(islice(stream, 20))
-        [first] = [worker for worker in workers if running(worker)]
+        second = fleet.start_worker(env=env, wait=False, **OPTIONS)
         first.kill_group(signal.SIGKILL)
         cut = len(text_of(events))
         events += list(stream)
+    undisturbed = client.chat("<image>, <image>: <audio>?", **asked).text
+    assert undisturbed != client.chat("<image>, <image>: <audio>?", **{**asked, "images": [png(2), png(1)]}).text
     assert 0 < cut < len(undisturbed)
     assert isinstance(events[-1], Finished)
     assert events[-1].usage.attempts == 2, "not mid-stream: this run would prove nothing"
     assert text_of(events) == undisturbed
-    [second] = [worker for worker in workers if worker is not first]
     assert [line for line in second.record if line["event"] == "prefill" and line["delivered_tokens"] > 0]
     wait_until(lambda: not media_keys(fleet), 20, "no key of a medium is left")
     client.thread.run(client.aio.media.sweep(grace_s=0))
@@ -65,7 +61,7 @@ def test_a_takeover_that_finds_media_gone_ends_the_job_with_a_reason(fleet: Flee
         list(islice(stream, 10))
         with fleet.redis.client() as redis:
             redis.delete(*media_keys(fleet))
-        fleet.start_worker(**OPTIONS)
+        fleet.start_worker(wait=False, **OPTIONS)
         first.kill_group(signal.SIGKILL)
         with pytest.raises(MediaGone):
             list(stream.text())

@@ -225,9 +225,6 @@ def test_a_client_that_leaves_cancels_its_job(client: openai.OpenAI, served: Fle
     list(islice(stream, 5))
     stream.close()
     wait_until(lambda: aborts() == before + 1, 10)
-    with pytest.raises(openai.APITimeoutError):
-        client.with_options(timeout=1.0).chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=5000)
-    wait_until(lambda: aborts() == before + 2, 10)
 
 
 def test_an_idempotency_key_is_one_job_and_resumes(client: openai.OpenAI, gateway: Gateway, served: Fleet) -> None:

@@ -304,15 +304,12 @@ def test_retention_is_a_jobs_own(client: openai.OpenAI) -> None:
             return True
         return False
 
-    wait_until(is_gone, 5)
+    wait_until(is_gone, 20)
 
 
 @pytest.mark.fault
 def test_readers_go_on_after_the_deaths_of_gateway_and_worker(fleet: Fleet) -> None:
-    for _ in range(2):
-        fleet.start_worker(env={"TOKENFLEET_LEASE": '{"heartbeat_s": 0.3, "lease_s": 1}'}, wait=False)
-    for k, worker in enumerate(fleet.workers):
-        fleet.wait_ready(worker, k)
+    victim = fleet.start_worker(token_ms=25.0)  # slow: all that comes before its death finds it mid-stream
     gateways = [start_gateway(fleet), start_gateway(fleet)]
     try:
         doomed, other = (
@@ -339,7 +336,7 @@ def test_readers_go_on_after_the_deaths_of_gateway_and_worker(fleet: Fleet) -> N
             thread.start()
         with other.responses.retrieve(response_id, stream=True, starting_after=cuts[0]) as live:
             list(islice(live, 30))  # it goes on, mid-stream still
-            [victim] = [worker for worker in fleet.workers if any(line["event"] == "prefill" for line in worker.record)]
+            fleet.start_worker(token_ms=1.0, wait=False)
             victim.kill_group()
         for thread in threads:
             thread.join(60)
