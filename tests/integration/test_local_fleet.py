@@ -476,8 +476,9 @@ def test_a_private_fleet_that_fails_leaves_nothing_either(place: Path) -> None:
 
 def test_waiting_for_a_slow_load_ends_with_how_far_it_is(place: Path) -> None:
     with ensure("one", config("slow", stop_grace_s=0.2)) as fleet:
+        eventually(lambda: state_of(fleet).progress is not None)
         with pytest.raises(FleetUnavailable, match="loading weights") as caught:
-            fleet.wait_ready(1.5)
+            fleet.wait_ready(0.3)
         assert caught.value.code == "no_worker"
         assert state_of(fleet).progress == 0.43
 
