@@ -91,7 +91,8 @@ def test_a_worker_may_die_at_any_call(fleet: Fleet, crasher: Crasher, when: str)
         assert died * EVERY >= 20, "it made suspiciously few calls"
         states = {ledger_of(fleet, reading.job)["state"] for reading in trial.readings}
         assert states == {"finished"}
-        assert max(int(ledger_of(fleet, reading.job)["strikes"]) for reading in trial.readings) <= 1
+        # One for the crash; on a machine that stood still the healer's short lease may have lapsed, too.
+        assert max(int(ledger_of(fleet, reading.job)["strikes"]) for reading in trial.readings) <= 2
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
