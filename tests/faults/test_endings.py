@@ -28,7 +28,7 @@ def served_by(worker: object) -> set[str]:
 
 
 def test_cancel_against_finish_gives_one_end(fleet: Fleet) -> None:
-    worker = fleet.start_worker(salted=True, token_ms=5.0)
+    worker = fleet.start_worker(salted=True, token_ms=60.0)
     chance = random.Random(11)
     with Trial(fleet) as trial:
         jobs = trial.submit_many(150, max_new_tokens=40)
