@@ -191,7 +191,7 @@ ALLOWED = {
     "tokenfleet": {"core"},
     "engines": {"core", "hf", "vllm", "sglang"},
     "workers": {"core", "hf", "local", "flower"},
-    "tests": {"core", "dev", "local", "hf", "gateway", "flower", "packaging"},
+    "tests": {"core", "dev", "local", "hf", "gateway", "flower", "packaging", "sglang"},
     "bench": {"core", "dev", "local", "hf", "gateway", "vllm", "sglang"},
 }
 
