@@ -13,6 +13,7 @@ from typing import Any
 
 import redis.asyncio.sentinel
 import redis.sentinel
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from tokenfleet.wire.cancellable import make_cancellable
 
@@ -44,7 +45,13 @@ class _AsyncSentinels(_AsyncBase):  # type: ignore[misc]
         if self._asking is None or self._asking.done():
             self._asking = asyncio.create_task(super().discover_master(service_name))
             self._asking.add_done_callback(_seen)
-        return await asyncio.shield(self._asking)
+        asking = self._asking
+        try:
+            return await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            if asking.cancelled():  # not who asks, but the client was closed
+                raise RedisConnectionError("This client was closed.") from None
+            raise
 
     async def aclose(self) -> None:
         if self._asking is not None:
@@ -66,10 +73,11 @@ def connect(hosts: list[tuple[str, int]], master_name: str, options: dict[str, A
     client = sentinels.master_for(master_name, **options)
     pool, disconnect = client.connection_pool, client.connection_pool.disconnect
 
-    def disconnect_all(*args: Any, **named: Any) -> None:  # redis-py leaves those to the sentinels open
-        disconnect(*args, **named)
-        for node in sentinels.sentinels:
-            node.close()
+    def disconnect_all(inuse_connections: bool = True) -> None:
+        disconnect(inuse_connections=inuse_connections)
+        if inuse_connections:  # it is closed; redis-py leaves those to the sentinels open
+            for node in sentinels.sentinels:
+                node.close()
 
     pool.disconnect = disconnect_all
     return client
@@ -81,9 +89,10 @@ def connect_async(hosts: list[tuple[str, int]], master_name: str, options: dict[
     client = sentinels.master_for(master_name, **options)
     pool, disconnect = client.connection_pool, client.connection_pool.disconnect
 
-    async def disconnect_all(*args: Any, **named: Any) -> None:
-        await disconnect(*args, **named)
-        await sentinels.aclose()
+    async def disconnect_all(inuse_connections: bool = True) -> None:
+        await disconnect(inuse_connections=inuse_connections)
+        if inuse_connections:  # else only a new master was found, and others may be asking
+            await sentinels.aclose()
 
     pool.disconnect = disconnect_all
     return make_cancellable(client)

@@ -77,6 +77,21 @@ async def test_calls_at_once_lose_no_sentinel(sentinel_url: str) -> None:
         assert ports_of(client.connection_pool) == tuple(sorted((dead, urls.parse(sentinel_url).hosts[0][1])))
 
 
+async def test_who_finds_a_new_master_leaves_others_questions_alone(sentinel_url: str) -> None:
+    async with urls.connect_async(sentinel_url) as client:
+        await asyncio.gather(*(client.get("k") for _ in range(5)))  # connections that a new master makes idle
+        pool = client.connection_pool
+        for _ in range(20):
+            pool.master_address = ("127.0.0.1", 1)  # the old one's
+            finds = asyncio.create_task(pool.get_master_address())
+            others = []
+            while not finds.done():
+                others.append(asyncio.create_task(pool.sentinel_manager.discover_master("main")))
+                await asyncio.sleep(0)
+            assert len(set(await asyncio.gather(finds, *others))) == 1
+            await asyncio.gather(*(client.get("k") for _ in range(5)))
+
+
 def ports_of(pool: Any) -> tuple[int, ...]:
     nodes = pool.sentinel_manager.sentinels
     return tuple(sorted(node.connection_pool.connection_kwargs["port"] for node in nodes))
