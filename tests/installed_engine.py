@@ -19,8 +19,19 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     },
     "sglang": {"sglang_maxlen": 1024, "sglang_config": {"max_total_tokens": 4096}},
 }  # fmt: skip
-_ON_GPU = {"vllm": {"vllm_gpu_util": 0.25}, "sglang": {"sglang_mem_fraction": 0.25}}
-"""Three workers share a card in the tests of kills."""
+_ON_GPU: dict[str, dict[str, Any]] = {
+    "vllm": {
+        "vllm_maxlen": 4096, "vllm_enforce_eager": True, "vllm_gpu_util": 0.25, "vllm_config": {},
+        "infer_dtype": "float32",
+    },
+    "sglang": {
+        "sglang_maxlen": 4096, "sglang_mem_fraction": 0.25, "infer_dtype": "float16",
+        "sglang_config": {
+            "attention_backend": "triton", "disable_prefill_cuda_graph": True, "cuda_graph_bs_decode": [1, 4, 8, 12],
+        },
+    },
+}  # fmt: skip
+"""Three workers share a card in the tests of kills. SGLang's other kernels take no part of the memory's tests."""
 _CORES = {"vllm": "VLLM::EngineCore", "sglang": "sglang::scheduler"}
 NAME = next((name for name in _OPTIONS if importlib.util.find_spec(name)), None)
 
@@ -41,7 +52,7 @@ def start(fleet: Fleet) -> Worker:
     assert NAME is not None
     options = {"model_name_or_path": MODEL, "infer_dtype": "float32", "max_batch_size": 12, **_OPTIONS[NAME]}
     if has_gpu():
-        options |= {**_ON_GPU[NAME], "infer_dtype": "float32" if NAME == "vllm" else "float16"}
+        options |= _ON_GPU[NAME]
     env = {"TOKENFLEET_MODEL": MODEL, "TOKENFLEET_ENGINE": NAME, "TOKENFLEET_ENGINE_ARGS": json.dumps(options)}
     return fleet.start_worker(wait=False, env=env)
 

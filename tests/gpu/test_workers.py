@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 
 import pytest
@@ -15,8 +16,10 @@ _LEFT_MIB = 64
 
 
 def used_mib() -> int:
-    """Of all cards, by the driver, whoever holds it."""
+    """Of all cards shown to us, by the driver, whoever holds it."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    if shown := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        query.append(f"--id={shown}")
     return sum(map(int, subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()))
 
 
