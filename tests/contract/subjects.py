@@ -119,8 +119,10 @@ async def sglang(folder: Path) -> AsyncIterator[Subject]:
     model = await asyncio.to_thread(_save_llama, folder, backend, torch, hf)
     # SGLang's kernels for a GPU take 16 bits only.
     dtype, tolerance = ("float16", 5e-2) if torch.cuda.is_available() else ("float32", 1e-3)
-    # The default attention wants greater heads. Overlap is the default on GPUs: the next step is prepared meanwhile.
-    config = {"attention_backend": "triton"} if torch.cuda.is_available() else {"disable_overlap_schedule": False}
+    # The default attention wants greater heads, and all of a card's memory holds more of so small a model's tokens than
+    # SGLang can number. Overlap is the default on GPUs: the next step is prepared meanwhile.
+    on_gpu = {"attention_backend": "triton", "max_total_tokens": 1 << 16}
+    config = on_gpu if torch.cuda.is_available() else {"disable_overlap_schedule": False}
     engine = SglangEngine(
         SglangOptions(model_name_or_path=str(folder), infer_dtype=dtype, max_batch_size=8, sglang_config=config)
     )

@@ -39,7 +39,8 @@ def options_of(folder, **others):
     adapters = {name: str(folder / name) for name in "ab" if (folder / name).is_dir()}
     # SGLang's kernels for a GPU take 16 bits only, its default attention greater heads than the small model's.
     on_gpu = torch.cuda.is_available()
-    config = {**others.pop("sglang_config", {}), **({"attention_backend": "triton"} if on_gpu else {})}
+    base = {"attention_backend": "triton", "max_total_tokens": 1 << 16} if on_gpu else {}
+    config = {**base, **others.pop("sglang_config", {})}
     return SglangOptions(
         model_name_or_path=str(folder / "model"), infer_dtype="float16" if on_gpu else "float32", max_batch_size=4,
         adapters=adapters, sglang_config=config, **others,
