@@ -9,6 +9,7 @@ from itertools import islice
 import pytest
 
 from tests.faults.test_leaks import keys_of
+from tests.faults.test_real_model import PACE_S, paced
 from tests.fleets import Fleet, wait_until
 from tests.media import padded, png, wav
 from tokenfleet.wire.errors import MediaGone
@@ -83,23 +84,23 @@ def test_a_real_models_answer_about_images_and_a_video_goes_on_where_it_was_cut(
     small_multimodal.save("qwen2_vl", fleet.folder / "model")
     arguments = {"model_name_or_path": str(fleet.folder / "model"), "infer_dtype": "float32", "threads": 1}
     env = {"TOKENFLEET_ENGINE": "transformers", "TOKENFLEET_ENGINE_ARGS": json.dumps(arguments)}
-    first = fleet.start_worker(env=env)
+    first = fleet.start_worker(env={**env, **paced(PACE_S)})
     client = fleet.client()
     media = {"images": [image_file(1, (120, 80)), image_file(2)], "videos": [video_file(3)]}
-    asked = {"do_sample": False, "ignore_eos": True, "max_new_tokens": 1500}
+    asked = {"do_sample": False, "ignore_eos": True, "max_new_tokens": TOKENS}
     question = "<image>, <image>, <video>?"
-    undisturbed = client.chat(question, **asked, **media)
-    other = client.chat(question, **{**asked, "max_new_tokens": 50}, **{**media, "videos": [video_file(4)]})
-    ids = undisturbed.choices[0].ids
-    assert len(ids) == 1500
-    assert other.choices[0].ids != ids[:50]
-    assert undisturbed.usage.prompt_tokens > 40, "the media's tokens count"
     job = client.submit(question, **asked, **media)
     with job.stream() as stream:
         events = list(islice(stream, 20))
         fleet.start_worker(env=env, wait=False)
         first.kill_group(signal.SIGKILL)
         events += list(stream)
+    undisturbed = client.chat(question, **asked, **media)
+    other = client.chat(question, **{**asked, "max_new_tokens": 50}, **{**media, "videos": [video_file(4)]})
+    ids = undisturbed.choices[0].ids
+    assert len(ids) == TOKENS
+    assert other.choices[0].ids != ids[:50]
+    assert undisturbed.usage.prompt_tokens > 40, "the media's tokens count"
     assert isinstance(events[-1], Finished)
     assert events[-1].usage.attempts == 2, "not mid-stream: this run would prove nothing"
     assert [token for event in events if isinstance(event, Delta) for token in event.ids] == list(ids)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.faults.trial import Trial, ledger_of
-from tests.fleets import Fleet
+from tests.fleets import ROOT, Fleet
 from tests.small_tokenizers import byte_level
 from tokenfleet import Job
 from tokenfleet.wire.events import Delta
@@ -48,7 +49,14 @@ def save_adapter(model_folder: Path, folder: Path, torch: Any, hf: Any) -> Any:
 
 
 COLOURS = ["red", "green", "blue"]
-MANY_COLOURS = {"type": "array", "items": {"enum": COLOURS}, "minItems": 40, "maxItems": 40}
+MANY_COLOURS = {"type": "array", "items": {"enum": COLOURS}, "minItems": 60, "maxItems": 60}
+TOKENS, PACE_S = 300, 0.2
+"""Of each answer, and of a token of the worker that is killed: none ends within the minute that all have to begin."""
+
+
+def paced(pace_s: float) -> dict[str, str]:
+    """A worker's environment under which a pass of its model takes ``pace_s`` at least (tests/faults/paced_model)."""
+    return {"PYTHONPATH": str(ROOT / "tests" / "faults" / "paced_model"), "PACED_MODEL_S": str(pace_s)}
 
 
 @pytest.mark.slow
@@ -63,10 +71,10 @@ def test_a_real_models_streams_go_on_where_they_were_cut(fleet: Fleet) -> None:
     arguments = {"model_name_or_path": str(folder), "infer_dtype": "float32", "max_batch_size": 16, "threads": 1,
                  "adapters": {"tuned": str(adapter)}}  # fmt: skip
     real = {"TOKENFLEET_ENGINE": "transformers", "TOKENFLEET_ENGINE_ARGS": json.dumps(arguments)}
-    first = fleet.start_worker(env=real, wait=False)
+    first = fleet.start_worker(env={**real, **paced(PACE_S)}, wait=False)
     fleet.wait_ready(first, 0, 150)
     with Trial(fleet) as trial:
-        greedy: dict[str, Any] = {"do_sample": False, "max_new_tokens": 200, "ignore_eos": True}
+        greedy: dict[str, Any] = {"do_sample": False, "max_new_tokens": TOKENS, "ignore_eos": True}
 
         def ask(number: int, **more: Any) -> Job:
             return trial.submit((), prompt=f"question {number}", **{**greedy, **more})
@@ -77,19 +85,21 @@ def test_a_real_models_streams_go_on_where_they_were_cut(fleet: Fleet) -> None:
         choices = ask(6, n=2, do_sample=True, temperature=1.0, seed=5)
         held = ask(7, frequency_penalty=0.5, repetition_penalty=1.2)
         shape = {"type": "json_schema", "json_schema": MANY_COLOURS}
-        formed = ask(8, response_format=shape, max_new_tokens=900, ignore_eos=False)
+        formed = ask(8, response_format=shape, max_new_tokens=1000, ignore_eos=False)
         jobs = [*plain, *tuned, told, choices, held, formed]
         readings = trial.watch(jobs)
+        began = time.monotonic()
         trial.until_streaming(10)
+        assert time.monotonic() - began > 5 * PACE_S, "the first worker is not paced"
         fleet.start_worker(env=real, wait=False)
         trial.kill(first)
         verdict = trial.judge(timeout_s=150, may_run_plain=True, may_have=["text_differs", "invalid_utf8"])
         assert verdict.cut_streams == len(jobs)
         ids = {reading.job.id: ids_of(reading.events) for reading in readings}
         for job in [*plain, *tuned, told]:
-            assert len(ids[job.id]) == 200
+            assert len(ids[job.id]) == TOKENS
             logits = teacher_forced(torch, adapted if job in tuned else model, prompt_of(fleet, job), ids[job.id])
-            chosen = logits[torch.arange(200), torch.tensor(ids[job.id])]
+            chosen = logits[torch.arange(TOKENS), torch.tensor(ids[job.id])]
             assert float((logits.max(dim=-1).values - chosen).max()) < TOLERANCE
         entries = told.result(30).choices[0].logprobs
         assert [entry.id for entry in entries] == ids[told.id]
@@ -99,10 +109,10 @@ def test_a_real_models_streams_go_on_where_they_were_cut(fleet: Fleet) -> None:
             assert len(entry.top) == 2
         penalised(torch, model, prompt_of(fleet, held), ids[held.id])
         colours = json.loads(formed.result(30).choices[0].text)
-        assert len(colours) == 40
+        assert len(colours) == 60
         assert set(colours) <= set(COLOURS)
         both = choices.result(30).choices
-        assert [len(choice.ids) for choice in both] == [200, 200]
+        assert [len(choice.ids) for choice in both] == [TOKENS, TOKENS]
         assert both[0].ids != both[1].ids
 
 
