@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenfleet.engines import models
+from tokenfleet.engines.base import EngineInfo
 from tokenfleet.engines.digests import folder_digest
 from tokenfleet.engines.media.settings import MediaSettings
 from tokenfleet.engines.options import ModelOptions
@@ -39,10 +40,37 @@ class Folders:
             {name: resolved(path) / subfolder for name, path in options.adapters.items()},
         )
 
-    def fingerprint(self, options: ModelOptions, **facts: Any) -> str:
-        """32 hex digits that change with anything that decides which tokens the model gives (`EngineInfo`).
+    def info(
+        self,
+        options: ModelOptions,
+        name: str,
+        version: str,
+        *,
+        context_tokens: int,
+        slots: int,
+        vocab_size: int,
+        can_score: bool,
+        media: Collection[str],
+        **facts: Any,
+    ) -> EngineInfo:
+        """Of the engine ``name``. ``media``: kinds that the model takes beside text. ``facts``: what else decides which
+        tokens it gives in this engine; JSON."""
+        return EngineInfo(
+            name=name,
+            version=version,
+            model=options.shown_name,
+            fingerprint=self._fingerprint(options, {name: version, "rope_scaling": options.rope_scaling, **facts}),
+            context_tokens=context_tokens,
+            slots=slots,
+            vocab_size=vocab_size,
+            adapters=tuple(self.chosen),
+            can_score=can_score,
+            modalities=("text", *media),
+            eos_ids=eos_ids(self.model),
+        )
 
-        ``facts``: of one engine alone, JSON; its version among them."""
+    def _fingerprint(self, options: ModelOptions, facts: Mapping[str, Any]) -> str:
+        """32 hex digits that change with anything that decides which tokens the model gives (`EngineInfo`)."""
         media = {name: getattr(options, name) for name in MediaSettings.model_fields if not name.startswith("media_")}
         known = {
             "weights": [folder_digest(each) for each in (self.model, *self.fixed)],
@@ -73,6 +101,11 @@ def eos_ids(model: Path) -> frozenset[int]:
 
 def architectures(model: Path) -> tuple[str, ...]:
     return tuple(read_json(model / "config.json").get("architectures") or ())
+
+
+def is_classifier(model: Path) -> bool:
+    """Whether it gives scores by itself, and no text."""
+    return any(name.endswith("ForSequenceClassification") for name in architectures(model))
 
 
 def has_processor(model: Path) -> bool:

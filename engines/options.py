@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from tokenfleet.engines.media.settings import MediaSettings
 
@@ -60,10 +60,52 @@ class ModelOptions(MediaSettings):
     allow_pickle: bool = False
     """Load weights that are not safetensors. A pickle can run code."""
 
+    rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = None
+    """Twice the model's context by stretching its rotary positions."""
+
+    def dtype_on(self, *, is_cpu: bool) -> str:
+        return "float32" if is_cpu and self.infer_dtype == "auto" else self.infer_dtype
+
     @property
     def shown_name(self) -> str:
         """For people and messages; never a path."""
         return self.label or self.model_name_or_path.rstrip("/").rsplit("/", 1)[-1]
+
+
+class CoreOptions(ModelOptions):
+    """Of an engine that is a server by nature, with a core in processes of its own: vLLM, SGLang."""
+
+    quantization_bit: Literal[4, 8] | None = None
+    quantization_method: Literal["bnb", "fp8"] | None = None
+    """How ``quantization_bit`` is done at load, on a GPU: None takes bnb for 4 bits (vLLM before 0.32) and fp8 for 8.
+    A checkpoint that is already quantised brings its own method."""
+    rope_scaling: Literal["linear", "yarn", "llama3"] | None = None
+    """Not ``dynamic``: both engines stretch short texts too (sglang/srt/layers/rotary_embedding/rope_variant.py)."""
+    max_batch_size: int = Field(256, ge=1, le=4096)
+    """Slots: sequences decoded together (vLLM's max_num_seqs, SGLang's max_running_requests)."""
+
+    @model_validator(mode="after")
+    def _method_fits_bits(self) -> Self:
+        if self.quantization_bit is None and self.quantization_method is not None:
+            raise ValueError("quantization_method says how quantization_bit is done, and there is none")
+        if (self.quantization_bit, self.quantization_method) in {(8, "bnb"), (4, "fp8")}:
+            raise ValueError("vLLM and SGLang quantise at load to 4 bits with bnb or to 8 with fp8")
+        return self
+
+    @property
+    def load_quantization(self) -> str | None:
+        """The engines' name of what ``quantization_bit`` asks for."""
+        return {None: None, 4: "bitsandbytes", 8: "fp8"}[self.quantization_bit]
+
+
+MOST_ADAPTERS_AT_ONCE = 8
+"""In one batch of vLLM's or SGLang's on a GPU, where each has memory of its own."""
+
+
+def quantised_by(method: str | None) -> dict[str, Any]:
+    """vLLM's and SGLang's arguments for it."""
+    # bitsandbytes has a loader of its own, which takes safetensors only.
+    return {"quantization": method} | ({"load_format": "bitsandbytes"} if method == "bitsandbytes" else {})
 
 
 def refuse_own(name: str, given: Mapping[str, Any], own: Collection[str]) -> None:

@@ -13,13 +13,14 @@ from collections import deque
 from collections.abc import AsyncGenerator
 
 from tokenfleet.engines.base import EngineInfo, Sequence, TokenChunk
+from tokenfleet.engines.checks import already_over, check_sequence
 from tokenfleet.engines.mailbox import Mailbox
 from tokenfleet.engines.scripted.directives import Fault
 from tokenfleet.engines.scripted.options import ScriptedOptions
 from tokenfleet.engines.scripted.record import Record
 from tokenfleet.engines.scripted.run import Run
 from tokenfleet.engines.scripted.tokenizer import VOCAB_SIZE, ScriptedTokenizer
-from tokenfleet.wire.errors import ContextLengthExceeded, EngineDead, EngineError, InvalidRequest
+from tokenfleet.wire.errors import EngineDead, EngineError
 
 _VERSION = "1"
 
@@ -72,22 +73,13 @@ class ScriptedEngine:
             self._record.write("start", label=self.options.label)
 
     async def generate(self, sequence: Sequence) -> AsyncGenerator[TokenChunk, None]:
-        """Raises `InvalidRequest` for an adapter it does not have, and what faults ask for."""
+        """Raises what faults ask for, too."""
         await self.check()
-        if sequence.adapter is not None and sequence.adapter not in self.options.adapters:
-            raise InvalidRequest(f"There is no adapter {sequence.adapter!r}.", code="unknown_adapter", param="adapter")
-        tokens = len(sequence.prompt_ids) + sequence.max_new_tokens
-        if tokens > self.options.context_tokens:
-            raise ContextLengthExceeded(
-                f"{tokens} tokens of prompt and answer are more than the {self.options.context_tokens} of the context.",
-                prompt_tokens=len(sequence.prompt_ids),
-                max_new_tokens=sequence.max_new_tokens,
-                context_tokens=self.options.context_tokens,
-            )
-        run = Run(sequence, self.options, self.tokenizer, Mailbox())
-        if run.is_complete:
-            yield TokenChunk((), (), "length")
+        if (over := already_over(sequence)) is not None:
+            yield over
             return
+        check_sequence(self._info, sequence, can_generate=True)
+        run = Run(sequence, self.options, self.tokenizer, Mailbox())
         self._waiting.append(run)
         self._admit()
         try:

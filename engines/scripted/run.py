@@ -69,11 +69,6 @@ class Run:
             and not self._barred
         )  # fmt: skip
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether there is nothing left to generate."""
-        return self.index >= self._max_tokens
-
     def begin(self, now: float) -> None:
         """It has a slot: prefill starts. ``now`` is the loop's clock, in seconds."""
         tokens = len(self._sequence.prompt_ids) + len(self._sequence.delivered_ids)

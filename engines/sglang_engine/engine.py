@@ -11,48 +11,31 @@ from typing import Any
 
 from sglang.srt.managers.io_struct import EmbeddingReqInput
 
-from tokenfleet.engines.base import EngineInfo, Sequence, TokenChunk
+from tokenfleet.engines.base import Sequence, TokenChunk
 from tokenfleet.engines.checks import already_over, check_sequence, check_texts
-from tokenfleet.engines.grammar import GrammarCompiler
 from tokenfleet.engines.mailbox import Mailbox
+from tokenfleet.engines.model_engine import ModelEngine
 from tokenfleet.engines.sglang_engine.front import Reader
 from tokenfleet.engines.sglang_engine.loading import LoadedSglang, load
-from tokenfleet.engines.sglang_engine.media import SglangMedia
 from tokenfleet.engines.sglang_engine.options import SglangOptions
 from tokenfleet.engines.sglang_engine.params import sampling_params
-from tokenfleet.engines.stopping import ending_ids
 from tokenfleet.engines.warming import warm_up
 from tokenfleet.wire.errors import EngineDead, EngineError, InvalidRequest
 
 
-class SglangEngine:
+class SglangEngine(ModelEngine[LoadedSglang]):
     """A causal language model in `sglang.Engine`. See `engines.base.Engine`.
 
     The scheduler is a child process (one a GPU); what reads its tokens is a task on the loop that `start` ran on."""
 
     def __init__(self, options: SglangOptions) -> None:
+        super().__init__()
         self._options = options
-        self._loaded: LoadedSglang | None = None
         self._active = 0
         self._is_dead = False
         self._watched: list[int] = []
         self._numbers = itertools.count()
-        self._compiler: GrammarCompiler | None = None
         self._scores: set[asyncio.Task[float]] = set()
-
-    @property
-    def info(self) -> EngineInfo:
-        return self._started.info
-
-    @property
-    def tokenizer(self) -> Any:
-        """The model's `PreTrainedTokenizerBase`."""
-        return self._started.tokenizer
-
-    @property
-    def media(self) -> SglangMedia | None:
-        """What makes prompts of media for this model; None for a model of texts."""
-        return self._started.media
 
     @property
     def steps(self) -> int:
@@ -63,12 +46,6 @@ class SglangEngine:
         # SGLang's own scheduler keeps the others waiting, first come, first served.
         return min(self._active, self._options.max_batch_size)
 
-    @property
-    def _started(self) -> LoadedSglang:
-        if self._loaded is None:
-            raise EngineDead("The engine has not been started.")
-        return self._loaded
-
     async def start(self) -> None:
         if self._loaded is not None:
             return
@@ -76,7 +53,6 @@ class SglangEngine:
         loaded = self._loaded = await asyncio.to_thread(load, self._options)
         try:
             self._watch(loaded)
-            self._compiler = GrammarCompiler(loaded.tokenizer, loaded.info.vocab_size)
             await warm_up(self)
         except BaseException:
             await self.close()
@@ -112,8 +88,7 @@ class SglangEngine:
             yield over
             return
         check_sequence(self.info, sequence, can_generate=not self.info.can_score)
-        if sequence.params.response_format.type != "text":
-            await asyncio.to_thread(self._check_grammar, sequence)
+        await self._grammar(sequence)  # the scheduler has no way to refuse one
         inputs = await asyncio.to_thread(self._media_inputs, sequence) if sequence.media else None
         manager = self._started.front.tokenizer_manager
         # SGLang aborts by prefix: all ids have one length. An aborted sequence's may come again at once.
@@ -168,12 +143,6 @@ class SglangEngine:
         media = self._started.media
         assert media is not None
         return media.inputs(sequence.prompt_ids, sequence.delivered_ids, sequence.media)
-
-    def _check_grammar(self, sequence: Sequence) -> None:
-        """The scheduler has no way to refuse one: compile it here first."""
-        assert self._compiler is not None
-        stop_ids = ending_ids(sequence.params, sequence.eos_ids)
-        self._compiler.compile(sequence.params.response_format, sequence.delivered_ids, stop_ids)
 
     async def score(self, texts_ids: list[tuple[int, ...]], *, adapter: str | None = None) -> list[float]:
         await self.check()

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenfleet.engines.base import EngineInfo
-from tokenfleet.engines.folders import Folders, architectures, eos_ids, first_line
+from tokenfleet.engines.folders import Folders, architectures, first_line, is_classifier
+from tokenfleet.engines.options import MOST_ADAPTERS_AT_ONCE, quantised_by
 from tokenfleet.engines.rope import overridden
 from tokenfleet.engines.sglang_engine.front import FrontEnd
 from tokenfleet.engines.sglang_engine.media import SglangMedia, media_processor
@@ -17,7 +18,6 @@ from tokenfleet.engines.sglang_engine.options import SglangOptions
 from tokenfleet.wire.errors import ConfigurationError, EngineDead
 
 _FIXED = "fixed"
-_MOST_ADAPTERS_AT_ONCE = 8
 _CPU_POOL_TOKENS = 8192
 
 
@@ -41,7 +41,7 @@ def load(options: SglangOptions) -> LoadedSglang:
 
     folders, label = Folders.of(options), options.shown_name
     folder, adapters, fixed = folders.model, folders.chosen, folders.fixed
-    if options.rewards and not _is_classifier(folder):
+    if options.rewards and not _gives_scores(folder):
         raise ConfigurationError(
             f"rewards: {label!r} is no sequence classifier.", hint="A value head is for transformers or vLLM."
         )
@@ -70,26 +70,19 @@ def load(options: SglangOptions) -> LoadedSglang:
         tokenizer = processor.tokenizer
     # Of prompt and answer together: SGLang silently cuts answers that end within two tokens of a limit of its own.
     room = min(manager.context_len, front.pool_tokens) - 2
-    info = EngineInfo(
-        name="sglang",
-        version=sglang.__version__,
-        model=label,
-        fingerprint=folders.fingerprint(
-            options,
-            dtype=str(model.dtype),
-            quantization=_method(options),
-            rope_scaling=options.rope_scaling,
-            # All of it: which of SGLang's arguments change the numbers is for SGLang to know.
-            sglang_config={name: repr(value) for name, value in sorted(options.sglang_config.items())},
-            sglang=sglang.__version__,
-        ),
+    info = folders.info(
+        options,
+        "sglang",
+        sglang.__version__,
         context_tokens=room,
         slots=options.max_batch_size,
         vocab_size=model.vocab_size,
-        adapters=tuple(adapters),
-        can_score=_is_classifier(folder),
-        modalities=("text", *(media.modalities if media else ())),
-        eos_ids=eos_ids(folder),
+        can_score=_gives_scores(folder),
+        media=media.modalities if media else (),
+        dtype=str(model.dtype),
+        quantization=_method(options),
+        # All of it: which of SGLang's arguments change the numbers is for SGLang to know.
+        sglang_config={name: repr(value) for name, value in sorted(options.sglang_config.items())},
     )
     return LoadedSglang(front, tokenizer, info, lora, media)
 
@@ -114,23 +107,21 @@ def _arguments(folder: Path, lora: Mapping[str, Path], options: SglangOptions) -
         "tokenizer_path": str(folder),
         "skip_tokenizer_init": True,
         "trust_remote_code": options.trust_remote_code,
-        "dtype": options.infer_dtype,
+        "dtype": options.dtype_on(is_cpu=not torch.cuda.is_available()),
         "context_length": options.sglang_maxlen,
         "tp_size": options.sglang_tp_size or max(1, torch.cuda.device_count()),
         "max_running_requests": options.max_batch_size,
         "sampling_backend": "pytorch",
         "grammar_backend": "none",
-        "is_embedding": _is_classifier(folder),
+        "is_embedding": _gives_scores(folder),
         **_quantization(options),
         **_rope(folder, options),
     }
     if options.sglang_mem_fraction is not None:
         args["mem_fraction_static"] = options.sglang_mem_fraction
-    if not torch.cuda.is_available() and options.infer_dtype == "auto":
-        args["dtype"] = "float32"
     if lora:
         args |= {"enable_lora": True, "lora_paths": {name: str(path) for name, path in lora.items()}}
-        args.setdefault("max_loras_per_batch", min(len(lora) + 1, _MOST_ADAPTERS_AT_ONCE))  # no adapter counts as one
+        args.setdefault("max_loras_per_batch", min(len(lora) + 1, MOST_ADAPTERS_AT_ONCE))  # no adapter counts as one
         if not torch.cuda.is_available():
             args.setdefault("lora_backend", "torch_native")
     return args
@@ -138,7 +129,7 @@ def _arguments(folder: Path, lora: Mapping[str, Path], options: SglangOptions) -
 
 def _method(options: SglangOptions) -> str | None:
     """SGLang's name of it."""
-    return options.quantization or {None: None, 4: "bitsandbytes", 8: "fp8"}[options.quantization_bit]
+    return options.quantization or options.load_quantization
 
 
 def _quantization(options: SglangOptions) -> dict[str, Any]:
@@ -151,8 +142,7 @@ def _quantization(options: SglangOptions) -> dict[str, Any]:
             f"quantization_bit={options.quantization_bit}: SGLang has no {method} on a CPU.",
             hint="Use a checkpoint that is quantised already, or transformers.",
         )
-    # bitsandbytes has a loader of its own, which takes safetensors only.
-    return {"quantization": method} | ({"load_format": "bitsandbytes"} if method == "bitsandbytes" else {})
+    return quantised_by(method)
 
 
 def _rope(folder: Path, options: SglangOptions) -> dict[str, Any]:
@@ -166,9 +156,9 @@ def _rope(folder: Path, options: SglangOptions) -> dict[str, Any]:
     return {"json_model_override_args": json.dumps({**given, **changed})}
 
 
-def _is_classifier(folder: Path) -> bool:
+def _gives_scores(folder: Path) -> bool:
     """Whether SGLang's classify path gives this model's scores: it can't generate then."""
-    return any(name.endswith(("ForSequenceClassification", "RewardModel")) for name in architectures(folder))
+    return is_classifier(folder) or any(name.endswith("RewardModel") for name in architectures(folder))
 
 
 def _check_adapter(folder: Path, allow_pickle: bool) -> None:

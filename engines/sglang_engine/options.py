@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
-from tokenfleet.engines.options import CommaList, JsonMapping, ModelOptions, refuse_own
+from tokenfleet.engines.options import CommaList, CoreOptions, JsonMapping, refuse_own
 
 OWN = frozenset(
     {
@@ -23,23 +21,15 @@ SAFE_FORMATS = frozenset({"safetensors", "dummy", "sharded_state", "bitsandbytes
 """Values of ``load_format`` that read no pickle."""
 
 
-class SglangOptions(ModelOptions):
+class SglangOptions(CoreOptions):
     """Frozen; unknown names are refused."""
 
     adapter_name_or_path: CommaList = Field((), max_length=1)
     """One LoRA adapter that every request gets. SGLang merges nothing into the weights."""
 
-    quantization_bit: Literal[4, 8] | None = None
-    quantization_method: Literal["bnb", "fp8"] | None = None
-    """How ``quantization_bit`` is done at load, on a GPU: None takes bnb for 4 bits and fp8 for 8."""
     quantization: str | None = None
     """Any method of SGLang's to quantise with at load, by SGLang's name. Quantised checkpoints need none."""
-    rope_scaling: Literal["linear", "yarn", "llama3"] | None = None
-    """Twice the model's context by stretching its rotary positions. Not ``dynamic``: SGLang stretches short texts too
-    (sglang/srt/layers/rotary_embedding/rope_variant.py)."""
 
-    max_batch_size: int = Field(256, ge=1, le=4096)
-    """Slots: sequences decoded together (SGLang's max_running_requests)."""
     sglang_maxlen: int | None = Field(None, ge=1)
     """Prompt and answer of one sequence, in tokens; None takes the model's own limit."""
     sglang_mem_fraction: float | None = Field(None, gt=0, lt=1)
@@ -54,10 +44,6 @@ class SglangOptions(ModelOptions):
         load_format = self.sglang_config.get("load_format", "safetensors")
         if load_format not in SAFE_FORMATS and not self.allow_pickle:
             raise ValueError(f"sglang_config: load_format={load_format!r} may read pickles, which allow_pickle allows")
-        if self.quantization_bit is None and self.quantization_method is not None:
-            raise ValueError("quantization_method says how quantization_bit is done, and there is none")
-        if (self.quantization_bit, self.quantization_method) in {(8, "bnb"), (4, "fp8")}:
-            raise ValueError("SGLang quantises at load to 4 bits with bnb or to 8 with fp8")
         if self.quantization_bit is not None and self.quantization is not None:
             raise ValueError("quantization_bit and quantization exclude one another: both say how to quantise")
         if self.adapters and self.adapter_name_or_path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import secrets
 import threading
@@ -12,13 +13,11 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
-import transformers
 
 from tokenfleet.engines.base import EngineInfo, Sequence, TokenChunk
 from tokenfleet.engines.checks import already_over, check_sequence, check_texts
-from tokenfleet.engines.grammar import GrammarCompiler
 from tokenfleet.engines.mailbox import Mailbox
-from tokenfleet.engines.media.processing import MediaProcessor
+from tokenfleet.engines.model_engine import ModelEngine
 from tokenfleet.engines.stopping import ending_ids
 from tokenfleet.engines.transformers_engine.batch import MediaInputs, PromptPass, Row
 from tokenfleet.engines.transformers_engine.beams import SearchRow, check_search
@@ -31,40 +30,20 @@ from tokenfleet.engines.transformers_engine.scoring import ScoreWork
 from tokenfleet.wire.errors import ConfigurationError, EngineDead, EngineError
 
 _SHARE_OF_FREE_MEMORY = 0.3
-_CPU_SLOTS, _GPU_SLOTS = 16, 64
 _CPU_CHUNK_TOKENS, _GPU_CHUNK_TOKENS = 128, 2048
 
 
-class TransformersEngine:
+class TransformersEngine(ModelEngine[LoadedModel]):
     """A language model of transformers, multimodal or not, or a reward model; batches continuously. See
-    `engines.base.Engine`.
-
-    ``tokenizer`` is there once started: prompts are made and tokens are read with it above the engine."""
+    `engines.base.Engine`."""
 
     def __init__(self, options: TransformersOptions) -> None:
+        super().__init__()
         self._options = options
         self._loop: EngineLoop | None = None
-        self._model: LoadedModel | None = None
         self._thread: threading.Thread | None = None
-        self._info: EngineInfo | None = None
         self._is_abandoned = False
         self._budget_tokens = 0
-
-    @property
-    def info(self) -> EngineInfo:
-        if self._info is None:
-            raise EngineDead("The engine has not been started.")
-        return self._info
-
-    @property
-    def tokenizer(self) -> Any:
-        """The model's `PreTrainedTokenizerBase`."""
-        return self._loaded.tokenizer
-
-    @property
-    def media(self) -> MediaProcessor | None:
-        """What makes prompts of media for this model; None for a model of texts."""
-        return self._loaded.media
 
     @property
     def steps(self) -> int:
@@ -78,12 +57,6 @@ class TransformersEngine:
     def held_tokens(self) -> int:
         """Tokens that the KV caches have memory for now, padding included."""
         return self._loop.held_tokens if self._loop else 0
-
-    @property
-    def _loaded(self) -> LoadedModel:
-        if self._model is None:
-            raise EngineDead("The engine has not been started.")
-        return self._model
 
     async def start(self) -> None:
         if self._thread is not None:
@@ -127,35 +100,19 @@ class TransformersEngine:
     def _load(self, deliver: Any) -> EngineLoop:
         """Runs in the engine's thread."""
         options = self._options
-        model = self._model = load(options)
+        model = load(options)
         on_cpu = model.device.type == "cpu"
-        context = min(options.max_context_tokens or model.context_tokens, model.context_tokens)
-        bytes_per_token = _warm_up(model)
-        slots = options.max_batch_size or (_CPU_SLOTS if on_cpu else _GPU_SLOTS)
-        budget = self._budget_tokens = options.kv_budget_tokens or _budget_tokens(
-            model, bytes_per_token, slots, context
-        )
-        self._info = EngineInfo(
-            name="transformers",
-            version=transformers.__version__,
-            model=options.shown_name,
-            fingerprint=model.fingerprint,
-            context_tokens=min(context, budget),
-            slots=slots,
-            vocab_size=model.vocab_size,
-            adapters=model.adapters,
-            can_score=model.can_score,
-            modalities=("text", *(model.media.modalities if model.media else ())),
-            eos_ids=model.eos_ids,
-        )
+        info = model.info
+        budget = self._budget_tokens = options.kv_budget_tokens or _budget_tokens(model, _warm_up(model), info)
+        model.info = dataclasses.replace(info, context_tokens=min(info.context_tokens, budget))
         self._loop = EngineLoop(
             model,
-            slots=slots,
+            slots=info.slots,
             budget_tokens=budget,
             chunk_tokens=options.prefill_chunk_tokens or (_CPU_CHUNK_TOKENS if on_cpu else _GPU_CHUNK_TOKENS),
             deliver=deliver,
         )
-        self._grammars = GrammarCompiler(model.tokenizer, model.vocab_size)
+        self._loaded = model
         return self._loop
 
     async def generate(self, sequence: Sequence) -> AsyncGenerator[TokenChunk, None]:
@@ -166,21 +123,16 @@ class TransformersEngine:
             yield over
             return
         info = self.info
-        check_sequence(info, sequence, can_generate=self._loaded.can_generate)
+        check_sequence(info, sequence, can_generate=self._started.can_generate)
         longest = len(sequence.prompt_ids) + sequence.max_new_tokens
         check_search(sequence.params, longest, info.slots, self._budget_tokens)
         stop_ids = ending_ids(sequence.params, sequence.eos_ids)
-        grammar = None
-        if sequence.params.response_format.type != "text":
-            # In another thread: a large schema takes long, and others are waiting for their tokens.
-            grammar = await asyncio.to_thread(
-                self._grammars.compile, sequence.params.response_format, sequence.delivered_ids, stop_ids
-            )
+        grammar = await self._grammar(sequence)
         media = None
         if sequence.media:
             media = await asyncio.to_thread(self._media_inputs, sequence)
-        elif self._loaded.reads_both_ways:
-            media = self._loaded.text_inputs(sequence.prompt_ids)
+        elif self._started.reads_both_ways:
+            media = self._started.text_inputs(sequence.prompt_ids)
         mailbox = Mailbox()
         state = SamplingState(
             params=sequence.params,
@@ -205,7 +157,7 @@ class TransformersEngine:
                 loop.abort(mailbox)
 
     def _media_inputs(self, sequence: Sequence) -> MediaInputs:
-        model = self._loaded
+        model = self._started
         assert model.media is not None
         return model.media_inputs(sequence.prompt_ids, model.media.prepared(sequence.media))
 
@@ -237,7 +189,7 @@ class TransformersEngine:
         if loop is not None:
             loop.close()
         await asyncio.to_thread(thread.join)
-        self._model = None
+        self._loaded = None
         self._loop = None
         gc.collect()
         if torch.cuda.is_available():
@@ -278,10 +230,10 @@ def _warm_up(model: LoadedModel) -> int:
     return warm.cache.bytes_per_token
 
 
-def _budget_tokens(model: LoadedModel, bytes_per_token: int, slots: int, context_tokens: int) -> int:
+def _budget_tokens(model: LoadedModel, bytes_per_token: int, info: EngineInfo) -> int:
     if model.device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(model.device)
     else:
         free_bytes = psutil.virtual_memory().available
-    most = BatchCache.tokens_for(slots, context_tokens)
+    most = BatchCache.tokens_for(info.slots, info.context_tokens)
     return max(min(int(free_bytes * _SHARE_OF_FREE_MEMORY) // bytes_per_token, most), 1)

@@ -15,7 +15,8 @@ from transformers.generation import GenerationMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from tokenfleet.engines.folders import Folders
+from tokenfleet.engines.base import EngineInfo
+from tokenfleet.engines.folders import Folders, is_classifier
 from tokenfleet.engines.media.positions import go_on_after_videos
 from tokenfleet.engines.media.processing import MediaProcessor, Prepared, load_processor
 from tokenfleet.engines.rewards import RewardHead, classifier_head, find_value_head, no_rewards
@@ -31,6 +32,7 @@ from tokenfleet.wire.errors import ConfigurationError
 _ATTENTION = {"disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "fa3": "flash_attention_3"}
 _CACHED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 _PLAIN_POSITIONS = GenerationMixin._prepare_position_ids_for_generation
+_CPU_SLOTS, _GPU_SLOTS = 16, 64
 _QUANTIZERS = {"bnb": "bitsandbytes", "hqq": "hqq", "eetq": "eetq"}
 
 
@@ -48,17 +50,13 @@ class LoadedModel:
         self.model = model
         self.media = media
         self.tokenizer = tokenizer
-        self.fingerprint = ""
+        self.info: EngineInfo
         text_config = model.config.get_text_config()
         self.layers: int = text_config.num_hidden_layers
         self.vocab_size: int = text_config.vocab_size
         self.context_tokens: int = _context_tokens(text_config)
         self.device: torch.device = model.get_input_embeddings().weight.device
-        eos = getattr(model.generation_config, "eos_token_id", None) if model.can_generate() else None
-        self.eos_ids = frozenset(eos if isinstance(eos, list) else () if eos is None else (eos,))
         self.can_generate: bool = model.can_generate()
-        self.can_score = head is not None
-        self.adapters = choice.names if choice else ()
         self._choice = choice
         self._head = head
         accepted = inspect.signature(model.forward).parameters
@@ -200,12 +198,18 @@ def load(options: TransformersOptions) -> LoadedModel:
     if choice is None or choice.can_mix:
         pack(model)
     loaded = LoadedModel(model, tokenizer, choice, head, media)
-    loaded.fingerprint = folders.fingerprint(
+    on_cpu = device.type == "cpu"
+    loaded.info = folders.info(
         options,
+        "transformers",
+        transformers.__version__,
+        context_tokens=min(options.max_context_tokens or loaded.context_tokens, loaded.context_tokens),
+        slots=options.max_batch_size or (_CPU_SLOTS if on_cpu else _GPU_SLOTS),
+        vocab_size=loaded.vocab_size,
+        can_score=head is not None,
+        media=media.modalities if media else (),
         dtype=str(dtype),
         quantization=[options.quantization_bit, options.quantization_method],
-        rope_scaling=options.rope_scaling,
-        transformers=transformers.__version__,
         # The build (+cpu, +cu130) says little about the numbers: a CPU worker may continue a GPU worker's job.
         torch=torch.__version__.split("+")[0],
     )
@@ -213,8 +217,7 @@ def load(options: TransformersOptions) -> LoadedModel:
 
 
 def _weights(folder: Path, config: Any, device: torch.device, options: TransformersOptions) -> Any:
-    is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
-    if is_classifier:
+    if is_classifier(folder):
         kind = transformers.AutoModelForSequenceClassification
     else:
         kind = transformers.AutoModelForMultimodalLM if _is_multimodal(config) else transformers.AutoModelForCausalLM
@@ -226,7 +229,7 @@ def _weights(folder: Path, config: Any, device: torch.device, options: Transform
     model, report = kind.from_pretrained(
         folder,
         config=config,
-        dtype=_dtype(options, device),
+        dtype=options.dtype_on(is_cpu=device.type == "cpu"),
         device_map="auto" if device.type == "cuda" else None,
         use_safetensors=None if options.allow_pickle else True,
         trust_remote_code=options.trust_remote_code,
@@ -307,12 +310,6 @@ def _device(options: TransformersOptions) -> torch.device:
     if options.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(options.device)
-
-
-def _dtype(options: TransformersOptions, device: torch.device) -> Any:
-    if options.infer_dtype != "auto":
-        return getattr(torch, options.infer_dtype)
-    return torch.float32 if device.type == "cpu" else "auto"
 
 
 def _context_tokens(config: Any) -> int:

@@ -18,7 +18,6 @@ class TransformersOptions(ModelOptions):
     quantization_bit: Literal[4, 8] | None = None
     quantization_method: Literal["bnb", "hqq", "eetq"] = "bnb"
     """How ``quantization_bit`` is done at load; a checkpoint that is already quantised brings its own method."""
-    rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = None
     flash_attn: Literal["auto", "disabled", "sdpa", "fa2", "fa3"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(None, ge=1)

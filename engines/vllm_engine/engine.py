@@ -9,13 +9,11 @@ from typing import Any
 
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from tokenfleet.engines.base import EngineInfo, Sequence, TokenChunk
+from tokenfleet.engines.base import Sequence, TokenChunk
 from tokenfleet.engines.checks import already_over, check_sequence, check_texts
-from tokenfleet.engines.grammar import GrammarCompiler
-from tokenfleet.engines.stopping import ending_ids
+from tokenfleet.engines.model_engine import ModelEngine
 from tokenfleet.engines.vllm_engine import compat
 from tokenfleet.engines.vllm_engine.loading import LoadedVllm, load
-from tokenfleet.engines.vllm_engine.media import VllmMedia
 from tokenfleet.engines.vllm_engine.options import VllmOptions
 from tokenfleet.engines.vllm_engine.params import pooling_params, sampling_params
 from tokenfleet.engines.vllm_engine.steps import StepReader
@@ -26,32 +24,17 @@ _MOST_BIASES = 1024
 """vLLM's model runner V2 has room for no more (vllm/v1/worker/gpu/sample/logit_bias.py), and fails all with one."""
 
 
-class VllmEngine:
+class VllmEngine(ModelEngine[LoadedVllm]):
     """A causal language model in vLLM's engine core, a child process. See `engines.base.Engine`.
 
     `AsyncLLM` starts the core, checks requests and ends it; what the core makes is read by our own `StepReader`."""
 
     def __init__(self, options: VllmOptions) -> None:
+        super().__init__()
         self._options = options
-        self._loaded: LoadedVllm | None = None
         self._reader: StepReader | None = None
         self._tasks: tuple[Any, ...] = ()
-        self._compiler: GrammarCompiler | None = None
         self._numbers = itertools.count()
-
-    @property
-    def info(self) -> EngineInfo:
-        return self._started.info
-
-    @property
-    def tokenizer(self) -> Any:
-        """The model's `PreTrainedTokenizerBase`."""
-        return self._started.tokenizer
-
-    @property
-    def media(self) -> VllmMedia | None:
-        """How media come into this model's prompts; None for a model of texts."""
-        return self._started.media
 
     @property
     def steps(self) -> int:
@@ -61,12 +44,6 @@ class VllmEngine:
     def running(self) -> int:
         # vLLM's own scheduler keeps the others waiting, first come, first served.
         return 0 if self._reader is None else min(self._reader.unfinished, self._options.max_batch_size)
-
-    @property
-    def _started(self) -> LoadedVllm:
-        if self._loaded is None:
-            raise EngineDead("The engine has not been started.")
-        return self._loaded
 
     async def start(self) -> None:
         if self._loaded is not None:
@@ -91,8 +68,8 @@ class VllmEngine:
         params = sequence.params
         if len(params.logit_bias) > _MOST_BIASES:
             raise InvalidRequest(f"logit_bias has more than {_MOST_BIASES} tokens.", param="logit_bias")
-        if sequence.delivered_ids and params.response_format.type != "text":
-            await self._prime(sequence)
+        if sequence.delivered_ids:
+            await self._grammar(sequence)  # `extras.Guides` does the same in the core, where an error would end it
         request_id = f"{sequence.sequence_id}-{next(self._numbers)}"  # an aborted sequence's may come again at once
         core, reader = self._started.engine.engine_core, self._steps_reader
         request = self._request(
@@ -111,17 +88,9 @@ class VllmEngine:
                 if chunk.finish_reason is not None:
                     return
         except EngineDeadError as error:
-            raise EngineDead("vLLM's engine core has died.", hint="Its reason is in the worker's log.") from error
+            raise _dead() from error
         finally:
             await reader.close(request_id)
-
-    async def _prime(self, sequence: Sequence) -> None:
-        """Let a grammar read the delivered ids here, where an error costs this request only."""
-        if self._compiler is None:
-            self._compiler = GrammarCompiler(self._started.tokenizer, self.info.vocab_size)
-        ends = ending_ids(sequence.params, sequence.eos_ids)
-        wanted = sequence.params.response_format
-        await asyncio.to_thread(self._compiler.compile, wanted, sequence.delivered_ids, frozenset(ends))
 
     async def _prompt(self, sequence: Sequence) -> Any:
         """vLLM's engine input. Raises `InvalidRequest`, and `ContextLengthExceeded` for what its media come to."""
@@ -182,14 +151,14 @@ class VllmEngine:
             await loaded.engine.engine_core.add_request_async(request)
             values = await pooled
         except EngineDeadError as error:
-            raise EngineDead("vLLM's engine core has died.", hint="Its reason is in the worker's log.") from error
+            raise _dead() from error
         finally:
             await reader.close(request_id)
         return float(values[0] if loaded.head is None else loaded.head(values[None])[0])
 
     async def check(self) -> None:
         if self._started.engine.errored:
-            raise EngineDead("vLLM's engine core has died.", hint="Its reason is in the worker's log.")
+            raise _dead()
         if (failure := self._steps_reader.failure) is not None:
             raise failure
 
@@ -201,3 +170,7 @@ class VllmEngine:
         if loaded is not None:
             await asyncio.to_thread(loaded.engine.shutdown)
             loaded.folders.close()
+
+
+def _dead() -> EngineDead:
+    return EngineDead("vLLM's engine core has died.", hint="Its reason is in the worker's log.")

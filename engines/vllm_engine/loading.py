@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenfleet.engines.base import EngineInfo
-from tokenfleet.engines.folders import Folders, architectures, eos_ids, first_line
+from tokenfleet.engines.folders import Folders, first_line, is_classifier
+from tokenfleet.engines.options import MOST_ADAPTERS_AT_ONCE, quantised_by
 from tokenfleet.engines.rewards import RewardHead, find_value_head, no_rewards
 from tokenfleet.engines.rope import overridden
 from tokenfleet.engines.vllm_engine import adapters as lora
@@ -18,8 +19,6 @@ from tokenfleet.engines.vllm_engine import compat
 from tokenfleet.engines.vllm_engine.media import VllmMedia, check_folder
 from tokenfleet.engines.vllm_engine.options import VllmOptions
 from tokenfleet.wire.errors import ConfigurationError, EngineDead
-
-_MOST_ADAPTERS_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +58,8 @@ class _Parts:
 
 def load(options: VllmOptions) -> LoadedVllm:
     """Blocks for a minute. Raises `ConfigurationError` for what can't be loaded, `UnknownModel`, `EngineDead`."""
+    import vllm
+
     with contextlib.ExitStack() as folders:
         parts = _parts(options, folders)
         if not parts.is_pooling:
@@ -66,7 +67,21 @@ def load(options: VllmOptions) -> LoadedVllm:
         engine, tokenizer = _started(parts, options)
         takes_media = engine.model_config.is_multimodal_model and not parts.is_pooling
         media = VllmMedia(engine, options) if takes_media else None
-        info = _info(engine.model_config, parts, options, media.modalities if media else ())
+        config = engine.model_config
+        info = parts.folders.info(
+            options,
+            "vllm",
+            vllm.__version__,
+            context_tokens=config.max_model_len,
+            slots=options.max_batch_size,
+            vocab_size=config.get_vocab_size(),
+            can_score=parts.is_pooling,
+            media=media.modalities if media else (),
+            dtype=str(config.dtype),
+            quantization=options.quantization_bit,
+            # All of it: which of vLLM's arguments change the numbers is for vLLM to know.
+            vllm_config={name: repr(value) for name, value in sorted(options.vllm_config.items())},
+        )
         from vllm.lora.request import LoRARequest
 
         requests = {
@@ -85,8 +100,7 @@ def _parts(options: VllmOptions, folders: contextlib.ExitStack) -> _Parts:
     found = Folders.of(options)
     model, fixed = found.model, found.fixed
     head = find_value_head([*reversed(fixed), model]) if options.rewards else None
-    is_classifier = any(name.endswith("ForSequenceClassification") for name in architectures(model))
-    if options.rewards and not is_classifier and head is None:
+    if options.rewards and not is_classifier(model) and head is None:
         raise no_rewards(options.shown_name)
     always = [lora.read(folder, allow_pickle=options.allow_pickle) for folder in fixed]
     named: dict[str | None, list[lora.LoraFolder]] = {None: always} if always else {}
@@ -100,7 +114,7 @@ def _parts(options: VllmOptions, folders: contextlib.ExitStack) -> _Parts:
         model = _without_head(
             model, Path(folders.enter_context(tempfile.TemporaryDirectory(prefix="tokenfleet-vllm-")))
         )
-    return _Parts(found, model, joined, is_classifier, head)
+    return _Parts(found, model, joined, is_classifier(model), head)
 
 
 def _without_head(model: Path, folder: Path) -> Path:
@@ -141,33 +155,6 @@ def _started(parts: _Parts, options: VllmOptions) -> tuple[Any, Any]:
         raise ConfigurationError(f"The model {label!r} can't be loaded by vLLM: {first_line(error)}") from error
 
 
-def _info(model: Any, parts: _Parts, options: VllmOptions, modalities: tuple[str, ...]) -> EngineInfo:
-    """``model``: `vllm.config.ModelConfig`"""
-    import vllm
-
-    return EngineInfo(
-        name="vllm",
-        version=vllm.__version__,
-        model=options.shown_name,
-        fingerprint=parts.folders.fingerprint(
-            options,
-            dtype=str(model.dtype),
-            quantization=options.quantization_bit,
-            rope_scaling=options.rope_scaling,
-            # All of it: which of vLLM's arguments change the numbers is for vLLM to know.
-            vllm_config={name: repr(value) for name, value in sorted(options.vllm_config.items())},
-            vllm=vllm.__version__,
-        ),
-        context_tokens=model.max_model_len,
-        slots=options.max_batch_size,
-        vocab_size=model.get_vocab_size(),
-        adapters=tuple(parts.folders.chosen),
-        can_score=parts.is_pooling,
-        modalities=("text", *modalities),
-        eos_ids=eos_ids(parts.model),
-    )
-
-
 def _arguments(parts: _Parts, options: VllmOptions, *, is_v2: bool) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
@@ -179,7 +166,7 @@ def _arguments(parts: _Parts, options: VllmOptions, *, is_v2: bool) -> dict[str,
         **options.vllm_config,
         "model": str(parts.model),
         "trust_remote_code": options.trust_remote_code,
-        "dtype": "float32" if is_cpu and options.infer_dtype == "auto" else options.infer_dtype,
+        "dtype": options.dtype_on(is_cpu=is_cpu),
         "enforce_eager": options.vllm_enforce_eager,
         "max_num_seqs": options.max_batch_size,
         "generation_config": "vllm",  # a checkpoint's defaults must not change what a request means
@@ -201,7 +188,7 @@ def _arguments(parts: _Parts, options: VllmOptions, *, is_v2: bool) -> dict[str,
         args["enable_lora"], args["max_lora_rank"] = True, lora.greatest_rank(adapters, options.vllm_max_lora_rank)
         # vLLM's CPU kernels take a row without an adapter (-1) for one of the last slot: that one must stay empty
         # (vllm/lora/ops/torch_ops/lora_ops.py, 0.32).
-        slots = len(adapters) + 1 if is_cpu else min(len(adapters), _MOST_ADAPTERS_AT_ONCE)
+        slots = len(adapters) + 1 if is_cpu else min(len(adapters), MOST_ADAPTERS_AT_ONCE)
         args.setdefault("max_loras", slots)
     return args
 
@@ -220,20 +207,17 @@ def _purpose(parts: _Parts, *, is_v2: bool) -> dict[str, Any]:
 
 
 def _quantization(options: VllmOptions) -> dict[str, Any]:
-    if options.quantization_bit is None:
-        return {}
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
     from vllm.platforms import current_platform
 
-    method = "bitsandbytes" if options.quantization_bit == 4 else "fp8"
-    if method not in QUANTIZATION_METHODS or current_platform.is_cpu():
+    method = options.load_quantization
+    if method is not None and (method not in QUANTIZATION_METHODS or current_platform.is_cpu()):
         where = "on a CPU" if current_platform.is_cpu() else "in this release"
         raise ConfigurationError(
             f"quantization_bit={options.quantization_bit}: vLLM has no {method} {where}.",
             hint="Use a checkpoint that is quantised already (AWQ, GPTQ, FP8), or transformers.",
         )
-    # bitsandbytes has a loader of its own, which takes safetensors only.
-    return {"quantization": method} | ({"load_format": "bitsandbytes"} if method == "bitsandbytes" else {})
+    return quantised_by(method)
 
 
 def _rope(folder: Path, options: VllmOptions) -> dict[str, Any]:

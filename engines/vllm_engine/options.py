@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
-from tokenfleet.engines.options import CommaList, JsonMapping, ModelOptions, refuse_own
+from tokenfleet.engines.options import CommaList, CoreOptions, JsonMapping, refuse_own
 
 OWN = frozenset(
     {
@@ -20,7 +18,7 @@ OWN = frozenset(
 a request means. Speculative decoding switches vLLM's min_p, logit_bias and our processors off."""
 
 
-class VllmOptions(ModelOptions):
+class VllmOptions(CoreOptions):
     """Frozen; unknown names are refused."""
 
     adapter_name_or_path: CommaList = ()
@@ -30,15 +28,6 @@ class VllmOptions(ModelOptions):
     """A reward model, which writes no text: vLLM loads a model for one or the other. The value head beside a model or
     an adapter is used only then; a sequence classifier gives scores by itself."""
 
-    quantization_bit: Literal[4, 8] | None = None
-    quantization_method: Literal["bnb", "fp8"] | None = None
-    """How ``quantization_bit`` is done at load: None takes bnb for 4 bits (vLLM before 0.32) and fp8 for 8. A
-    checkpoint that is already quantised brings its own method."""
-    rope_scaling: Literal["linear", "yarn", "llama3"] | None = None
-    """Twice the model's context by stretching its rotary positions. Not ``dynamic``: vLLM stretches short texts too."""
-
-    max_batch_size: int = Field(256, ge=1, le=4096)
-    """Slots: sequences decoded together (vLLM's max_num_seqs)."""
     vllm_maxlen: int | None = Field(None, ge=1)
     """Prompt and answer of one sequence, in tokens; None takes the model's own limit."""
     vllm_gpu_util: float | None = Field(None, gt=0, le=1)
@@ -52,7 +41,3 @@ class VllmOptions(ModelOptions):
 
     def model_post_init(self, context: object) -> None:
         refuse_own("vllm_config", self.vllm_config, OWN)
-        if self.quantization_bit is None and self.quantization_method is not None:
-            raise ValueError("quantization_method says how quantization_bit is done, and there is none")
-        if (self.quantization_bit, self.quantization_method) in {(8, "bnb"), (4, "fp8")}:
-            raise ValueError("vLLM quantises at load to 4 bits with bnb or to 8 with fp8")
