@@ -94,8 +94,9 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def eos_ids(model: Path) -> frozenset[int]:
-    """What ends a text by the model's own generation config."""
-    eos = read_json(model / "generation_config.json").get("eos_token_id")
+    """What ends a text by the model's own generation config; without one, by its config, as transformers has it."""
+    name = "generation_config.json"
+    eos = read_json(model / (name if (model / name).is_file() else "config.json")).get("eos_token_id")
     return frozenset(eos if isinstance(eos, list) else () if eos is None else (eos,))
 
 
