@@ -88,6 +88,7 @@ class EngineInfo:
     vocab_size: int
     adapters: tuple[str, ...] = ()
     can_score: bool = False
+    can_generate: bool = True
     modalities: tuple[str, ...] = ("text",)
     eos_ids: frozenset[int] = frozenset()
     """What ends a text by the model's own generation config, beside the tokenizer's EOS."""

@@ -7,16 +7,15 @@ from collections.abc import Sequence as Items
 
 from tokenfleet.engines.base import EngineInfo, Sequence, TokenChunk
 from tokenfleet.engines.stopping import ending_ids
-from tokenfleet.engines.support import check_supported
 from tokenfleet.wire.errors import ContextLengthExceeded, EngineError, InvalidRequest
-from tokenfleet.wire.requests import check_modalities
+from tokenfleet.wire.requests import check_adapter, check_can_generate, check_modalities
+from tokenfleet.wire.support import check_supported
 
 
-def check_sequence(info: EngineInfo, sequence: Sequence, *, can_generate: bool) -> None:
+def check_sequence(info: EngineInfo, sequence: Sequence) -> None:
     """Raises `InvalidRequest`, and `ContextLengthExceeded` for what has no room."""
     params = sequence.params
-    if not can_generate:
-        raise InvalidRequest("This model gives scores, no text.", code="unsupported", hint="Ask for scores.")
+    check_can_generate(info)
     prompt_tokens = len(sequence.prompt_ids)
     if not prompt_tokens:
         raise InvalidRequest("The prompt has no tokens.", param="prompt")
@@ -31,7 +30,7 @@ def check_sequence(info: EngineInfo, sequence: Sequence, *, can_generate: bool) 
     _check_ids(info, "prompt", (*sequence.prompt_ids, *sequence.delivered_ids))
     _check_ids(info, "logit_bias", params.logit_bias)
     _check_ids(info, "stop_token_ids", params.stop_token_ids)
-    _check_adapter(info, sequence.adapter)
+    check_adapter(info.adapters, sequence.adapter)
     check_modalities(info.modalities, (medium.kind for medium in sequence.media))
     check_supported(info.name, params)
 
@@ -41,7 +40,7 @@ def check_texts(info: EngineInfo, texts_ids: Items[tuple[int, ...]], adapter: st
     `InvalidRequest`, `ContextLengthExceeded`."""
     if not info.can_score:
         raise EngineError("This model gives no scores: it was loaded to generate.", code="unsupported", hint=hint)
-    _check_adapter(info, adapter)
+    check_adapter(info.adapters, adapter)
     for ids in texts_ids:
         _check_ids(info, "texts", ids)
         if not 0 < len(ids) <= info.context_tokens:
@@ -66,14 +65,4 @@ def _check_ids(info: EngineInfo, name: str, ids: Iterable[int]) -> None:
     if any(not 0 <= token < info.vocab_size for token in ids):
         raise InvalidRequest(
             f"{name}: a token id lies outside of the model's vocabulary (0 to {info.vocab_size - 1}).", param=name
-        )
-
-
-def _check_adapter(info: EngineInfo, adapter: str | None) -> None:
-    if adapter is not None and adapter not in info.adapters:
-        raise InvalidRequest(
-            f"There is no adapter {adapter!r}.",
-            code="unknown_adapter",
-            hint=f"Loaded: {', '.join(info.adapters) or 'none'}.",
-            param="adapter",
         )

@@ -50,6 +50,7 @@ class Folders:
         slots: int,
         vocab_size: int,
         can_score: bool,
+        can_generate: bool,
         media: Collection[str],
         **facts: Any,
     ) -> EngineInfo:
@@ -65,6 +66,7 @@ class Folders:
             vocab_size=vocab_size,
             adapters=tuple(self.chosen),
             can_score=can_score,
+            can_generate=can_generate,
             modalities=("text", *media),
             eos_ids=eos_ids(self.model),
         )

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from tokenfleet.producer import deadletters
+from tokenfleet.producer.acceptance import Acceptance, unknown
 from tokenfleet.producer.assembly import Assembly
 from tokenfleet.producer.collector import Collector, Follower, is_terminal
 from tokenfleet.producer.deadletters import DeadLetter
@@ -32,7 +33,7 @@ from tokenfleet.wire.jobs import JobOptions, JobStatus, ServedModel, State, dump
 from tokenfleet.wire.keys import Keys, new_id
 from tokenfleet.wire.ledger import Ledger, translated
 from tokenfleet.wire.media import MediaSettings, MediaStore, media_entries
-from tokenfleet.wire.requests import Messages, chat_request, check_modalities, check_size, score_request
+from tokenfleet.wire.requests import Messages, chat_request, check_size, score_request
 from tokenfleet.wire.results import ChatResult
 
 T = TypeVar("T")
@@ -174,6 +175,7 @@ class AsyncClient:
         self._redis = urls.connect_async(redis_url, socket_timeout=10.0, socket_connect_timeout=3.0)
         self.ledger = Ledger(self._redis, self.keys, replicas=urls.parse(redis_url).replicas)
         self.media = MediaStore(self._redis, self.keys, media)
+        self._acceptance = Acceptance(self.ledger)
         self._collecting: Collector | None = None
         self._is_checked = False
         self._background: set[asyncio.Task[Any]] = set()
@@ -353,9 +355,8 @@ class AsyncClient:
         check_size(body)
         job_id = job_id or new_id()
         model = model or self._model or await self._only_model()
+        await self._acceptance.check(request, model)
         entries = media_entries(options.tenant, request)
-        if entries:
-            await self._check_modalities(request, model)
         for is_last_try in (False, True):
             if media:
                 await self.media.offer(options.tenant, media)
@@ -366,20 +367,12 @@ class AsyncClient:
                 )  # fmt: skip
                 break
             except UnknownModel:
-                raise _unknown(model, await self.models()) from None
+                raise unknown(model, await self.models()) from None
             except MediaGone as error:
                 # Gone between upload and submit: once more, if it is ours.
                 if is_last_try or not media or not media.keys() >= set(error.details["missing"]):
                     raise
         return AsyncJob(self, job_id, cancel_on_disconnect=options.cancel_on_disconnect)
-
-    async def _check_modalities(self, request: ChatRequest | ScoreRequest, model: str) -> None:
-        """Before anything is uploaded; workers check again."""
-        models = await self.models()
-        if model not in models:
-            raise _unknown(model, models)
-        if isinstance(request, ChatRequest):
-            check_modalities(models[model].modalities, (part.type for part in request.media))
 
     async def _only_model(self) -> str:
         models = await self.models()
@@ -404,12 +397,6 @@ def estimated_tokens(request: ChatRequest | ScoreRequest, body: bytes) -> int:
         return len(body) // 4
     most = request.params.max_new_tokens
     return len(body) // 4 + request.params.n * (UNBOUNDED_TOKENS if most is None else most)
-
-
-def _unknown(model: str, models: Iterable[str]) -> UnknownModel:
-    known = ", ".join(sorted(models)) or "none yet"
-    message = f"This fleet serves no model named {model!r}."
-    return UnknownModel(message, hint=f"Served models: {known}.", param="model", model=model)
 
 
 def piece_of(event: AnyEvent, choice: int = 0) -> str:

@@ -70,6 +70,7 @@ class ServedModel(msgspec.Struct, frozen=True, omit_defaults=True):
     adapters: tuple[str, ...] = ()
     modalities: tuple[str, ...] = ("text",)
     can_score: bool = False
+    can_generate: bool = True
     template: str | None = None
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -122,6 +122,52 @@ def check_size(body: bytes) -> None:
     if len(body) > MAX_REQUEST_BYTES:
         raise InvalidRequest(
             f"The request has {len(body)} bytes; at most {MAX_REQUEST_BYTES} are taken.", code="request_too_large"
+        )
+
+
+class Model(Protocol):
+    """What is known of a model wherever requests are checked."""
+
+    @property
+    def adapters(self) -> tuple[str, ...]: ...
+
+    @property
+    def modalities(self) -> tuple[str, ...]: ...
+
+    @property
+    def can_score(self) -> bool: ...
+
+    @property
+    def can_generate(self) -> bool: ...
+
+
+def check_taken(model: Model, request: ChatRequest | ScoreRequest) -> None:
+    """Raises `InvalidRequest` for what such a model never gives (``unsupported``) or takes."""
+    if isinstance(request, ChatRequest):
+        check_can_generate(model)
+        check_modalities(model.modalities, (part.type for part in request.media))
+    elif not model.can_score:
+        raise InvalidRequest(
+            "This model gives text, no scores.", code="unsupported", hint="Ask a reward model for them.", param="model"
+        )
+    check_adapter(model.adapters, request.adapter)
+
+
+def check_can_generate(model: Model) -> None:
+    if not model.can_generate:
+        raise InvalidRequest(
+            "This model gives scores, no text.", code="unsupported", param="model",
+            hint="Ask for the scores of texts: Client.scores, ChatModel.get_scores, POST /v1/score/evaluation.",
+        )  # fmt: skip
+
+
+def check_adapter(adapters: Collection[str], asked: str | None) -> None:
+    if asked is not None and asked not in adapters:
+        raise InvalidRequest(
+            f"This model has no adapter {asked[:128]!r}.",
+            code="unknown_adapter",
+            hint=f"It has: {', '.join(adapters) or 'none'}.",
+            param="adapter",
         )
 
 

@@ -151,7 +151,7 @@ class Runtime:
         info = self.served.engine.info
         model = ServedModel(
             self.settings.model, info.name, info.context_tokens, info.adapters, info.modalities, info.can_score,
-            self.settings.template,
+            info.can_generate, self.settings.template,
         )  # fmt: skip
         lease, nonce = self.settings.lease, new_id()
         self.incarnation = await patiently(
@@ -247,6 +247,7 @@ class Runtime:
             if is_suspect and (status := await patiently(lambda: self.ledger.begin(claim))) != "ok":
                 writer.lose(status)
                 await asyncio.sleep(0)  # where it takes effect
+            self.served.check(request)
             media = await self._media(request, claim)
             prepared = await self.served.prepare(request, claim, attempt.delivered, media)
             attempt.prompt_tokens = prepared.prompt_tokens
@@ -269,7 +270,6 @@ class Runtime:
         """The bytes of the request's media parts, in their order; every attempt fetches them anew."""
         if isinstance(request, ScoreRequest) or not (parts := request.media):
             return ()
-        self.served.check_media(request)
         tenant = claim.options.tenant
         fetched = await patiently(lambda: self.media.fetch(tenant, parts))
         return tuple(Media(part.type, data) for part, data in zip(parts, fetched, strict=True))

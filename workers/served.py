@@ -11,12 +11,13 @@ from tokenfleet.engines.base import Engine, Media
 from tokenfleet.engines.generation import DeliveredChoice, GenerationJob, resolve_max_new_tokens
 from tokenfleet.engines.prompts import RenderedPrompt
 from tokenfleet.engines.registry import Loaded, ModelSettings, load
-from tokenfleet.engines.support import REFUSED, check_supported, continuation
+from tokenfleet.engines.support import continuation
 from tokenfleet.engines.tokenizer import Tokenizer
 from tokenfleet.wire.chat import ChatRequest, GenerationParams, ResponseFormat, ScoreRequest
 from tokenfleet.wire.errors import InvalidRequest, StreamInterrupted
 from tokenfleet.wire.ledger import Claim
-from tokenfleet.wire.requests import check_modalities
+from tokenfleet.wire.requests import check_taken
+from tokenfleet.wire.support import REFUSED, check_supported
 from tokenfleet.workers.settings import WorkerSettings
 from tokenfleet.workers.takeover import Delivered
 
@@ -77,9 +78,13 @@ class Served:
         if self._loaded is not None:
             await self.engine.close()
 
-    def check_media(self, request: ChatRequest) -> None:
-        """Before any medium is fetched. Raises `InvalidRequest` (``unsupported_modality``)."""
-        check_modalities(self.engine.info.modalities, (part.type for part in request.media))
+    def check(self, request: ChatRequest | ScoreRequest) -> None:
+        """Before any medium is fetched. Raises `InvalidRequest` (``unsupported``, ``unsupported_modality``,
+        ``unsupported_parameter``, ``unknown_adapter``)."""
+        info = self.engine.info
+        check_taken(info, request)
+        if isinstance(request, ChatRequest):
+            check_supported(info.name, request.params)
 
     async def prepare(
         self, request: ChatRequest | ScoreRequest, claim: Claim, delivered: Delivered, media: tuple[Media, ...] = ()
@@ -98,13 +103,6 @@ class Served:
         self, request: ChatRequest, claim: Claim, delivered: Delivered, media: tuple[Media, ...]
     ) -> Prepared:
         info = self.engine.info
-        check_supported(info.name, request.params)
-        if request.adapter is not None and request.adapter not in info.adapters:
-            known = ", ".join(info.adapters) or "none"
-            raise InvalidRequest(
-                f"This model has no adapter {request.adapter!r}.", code="unknown_adapter", hint=f"It has: {known}.",
-                param="adapter",
-            )  # fmt: skip
         if claim.options.durable and continuation(info.name, request.params, info.uncontinued) == "no":
             raise InvalidRequest(
                 "This engine could not continue a request with these parameters after a worker's death.",
@@ -144,8 +142,6 @@ class Served:
             raise StreamInterrupted("The job's worker died, and this engine can't continue its parameters.")
 
     def _prepare_scores(self, request: ScoreRequest) -> Prepared:
-        if not self.engine.info.can_score:
-            raise InvalidRequest("This model has no reward head.", code="unsupported", hint="Ask a reward model.")
         limit = min(request.max_length or self.engine.info.context_tokens, self.engine.info.context_tokens)
         texts = tuple(tuple(self.loaded.tokenizer.encode(text)[:limit]) for text in request.texts)
         return Prepared((), sum(map(len, texts)), {}, False, None, texts)

@@ -78,7 +78,7 @@ class ScriptedEngine:
         if (over := already_over(sequence)) is not None:
             yield over
             return
-        check_sequence(self._info, sequence, can_generate=True)
+        check_sequence(self._info, sequence)
         run = Run(sequence, self.options, self.tokenizer, Mailbox())
         self._waiting.append(run)
         self._admit()

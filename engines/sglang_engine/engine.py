@@ -87,7 +87,7 @@ class SglangEngine(ModelEngine[LoadedSglang]):
         if (over := already_over(sequence)) is not None:
             yield over
             return
-        check_sequence(self.info, sequence, can_generate=not self.info.can_score)
+        check_sequence(self.info, sequence)
         await self._grammar(sequence)  # the scheduler has no way to refuse one
         inputs = await asyncio.to_thread(self._media_inputs, sequence) if sequence.media else None
         manager = self._started.front.tokenizer_manager

@@ -78,6 +78,7 @@ def load(options: SglangOptions) -> LoadedSglang:
         slots=options.max_batch_size,
         vocab_size=model.vocab_size,
         can_score=_gives_scores(folder),
+        can_generate=not _gives_scores(folder),
         media=media.modalities if media else (),
         dtype=str(model.dtype),
         quantization=_method(options),

@@ -123,7 +123,7 @@ class TransformersEngine(ModelEngine[LoadedModel]):
             yield over
             return
         info = self.info
-        check_sequence(info, sequence, can_generate=self._started.can_generate)
+        check_sequence(info, sequence)
         longest = len(sequence.prompt_ids) + sequence.max_new_tokens
         check_search(sequence.params, longest, info.slots, self._budget_tokens)
         stop_ids = ending_ids(sequence.params, sequence.eos_ids)

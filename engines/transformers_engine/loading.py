@@ -207,6 +207,7 @@ def load(options: TransformersOptions) -> LoadedModel:
         slots=options.max_batch_size or (_CPU_SLOTS if on_cpu else _GPU_SLOTS),
         vocab_size=loaded.vocab_size,
         can_score=head is not None,
+        can_generate=loaded.can_generate,
         media=media.modalities if media else (),
         dtype=str(dtype),
         quantization=[options.quantization_bit, options.quantization_method],

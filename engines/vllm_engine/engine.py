@@ -64,7 +64,7 @@ class VllmEngine(ModelEngine[LoadedVllm]):
         if (over := already_over(sequence)) is not None:
             yield over
             return
-        check_sequence(self.info, sequence, can_generate=not self.info.can_score)
+        check_sequence(self.info, sequence)
         params = sequence.params
         if len(params.logit_bias) > _MOST_BIASES:
             raise InvalidRequest(f"logit_bias has more than {_MOST_BIASES} tokens.", param="logit_bias")

@@ -76,6 +76,7 @@ def load(options: VllmOptions) -> LoadedVllm:
             slots=options.max_batch_size,
             vocab_size=config.get_vocab_size(),
             can_score=parts.is_pooling,
+            can_generate=not parts.is_pooling,
             media=media.modalities if media else (),
             dtype=str(config.dtype),
             quantization=options.quantization_bit,

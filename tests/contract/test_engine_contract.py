@@ -16,7 +16,7 @@ import pytest
 from tests.contract.reference import chi_square, improbable, log_softmax, probabilities, processed
 from tokenfleet.engines.choice import DeliveredChoice
 from tokenfleet.engines.generation import GenerationJob, generate_deltas
-from tokenfleet.engines.support import CONTINUATION, CORE, ENGINES, PARAMETERS, REFUSED, check_supported, continuation
+from tokenfleet.engines.support import CONTINUATION, continuation
 from tokenfleet.engines.templates import sandbox
 from tokenfleet.engines.templates.choice import Offer
 from tokenfleet.engines.templates.forced import call_grammar
@@ -24,6 +24,7 @@ from tokenfleet.engines.templates.schema import tool_format
 from tokenfleet.wire.chat import GenerationParams
 from tokenfleet.wire.errors import ContextLengthExceeded, InvalidRequest
 from tokenfleet.wire.events import ChoiceFinished, Delta
+from tokenfleet.wire.support import CORE, ENGINES, PARAMETERS, REFUSED, check_supported
 from tokenfleet.wire.toolcalls import parse
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")

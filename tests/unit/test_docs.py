@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tokenfleet.engines.support import ENGINES, REFUSED
 from tokenfleet.producer.gateway.settings import GatewaySettings
 from tokenfleet.wire.chat import GenerationParams
+from tokenfleet.wire.support import ENGINES, REFUSED
 from tokenfleet.workers.settings import WorkerSettings
 
 DOCS = Path(__file__).parents[2] / "docs"
