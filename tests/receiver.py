@@ -28,6 +28,10 @@ class Receiver:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    def calls_by_id(self) -> dict[str, Call]:
+        """The first call of each event: one whose answer came late is made again."""
+        return {call.headers["webhook-id"]: call for call in reversed(list(self.calls))}
+
 
 @contextlib.contextmanager
 def receiver(answer: Callable[[Call], int | str] = lambda call: 200) -> Iterator[Receiver]:

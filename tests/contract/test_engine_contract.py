@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.contract.reference import chi_square, improbable, log_softmax, probabilities, processed
+from tests.processes import on_this_machine
 from tokenfleet.engines.choice import DeliveredChoice
 from tokenfleet.engines.generation import GenerationJob, generate_deltas
 from tokenfleet.engines.support import CONTINUATION, continuation
@@ -122,7 +123,7 @@ def by_rank(subject, params):
 
 
 async def until(condition, limit_s=10.0):
-    deadline = time.monotonic() + limit_s
+    deadline = time.monotonic() + on_this_machine(limit_s)
     while not condition():
         assert time.monotonic() < deadline, "did not come to pass"
         await asyncio.sleep(0.002)

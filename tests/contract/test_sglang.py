@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 
 from tests.contract.adapted import PROMPT, check_each_has_its_adapter, ids_of
-from tests.processes import all_gone
+from tests.processes import all_gone, on_this_machine
 from tokenfleet.engines.base import Sequence
 from tokenfleet.wire.chat import GenerationParams
 from tokenfleet.wire.errors import ConfigurationError, ContextLengthExceeded, EngineDead, InvalidRequest
@@ -116,7 +116,7 @@ async def test_leaving_ends_one_request_alone_and_is_forgotten(models):
     for _ in range(17):
         await leave()
     assert await asyncio.gather(*staying) == [expected] * 3
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(on_this_machine(10)):
         while manager.rid_to_state or manager.readers:
             await asyncio.sleep(0.01)
 
@@ -162,7 +162,7 @@ async def test_a_scheduler_that_fails_is_an_engine_fault_and_nobody_elses(models
             async for _ in chunks:
                 pass
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(on_this_machine(5)):
         with pytest.raises(EngineDead):
             await read_and_break()
     with pytest.raises(EngineDead):

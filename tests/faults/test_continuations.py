@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.faults.trial import Trial, ledger_of
+from tests.faults.trial import Trial, ledger_of, stopping
 from tests.fleets import Fleet, wait_until
 from tokenfleet.wire.errors import InvalidRequest, StreamInterrupted
 from tokenfleet.wire.events import ChoiceFinished, Delta, Finished, Started
@@ -20,8 +20,8 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "' + "Łódź" * 
 
 
 def spell(text: str) -> str:
-    """A prompt that has the scripted engine say ``text`` one byte a token."""
-    return f"[[spell: {json.dumps(text, ensure_ascii=False)}]]"
+    """A prompt that has the scripted engine say ``text`` one byte a token, at first not to its end."""
+    return stopping(100, f"[[spell: {json.dumps(text, ensure_ascii=False)}]]")
 
 
 def test_characters_stop_strings_choices_and_logprobs_survive_a_kill(fleet: Fleet) -> None:
@@ -34,9 +34,10 @@ def test_characters_stop_strings_choices_and_logprobs_survive_a_kill(fleet: Flee
         ]
         # A stop string's beginning, again and again: tokens are held back most of the time.
         held = [trial.submit(spell("z" * k + "STOP HER" * 30), stop=["STOP HERE"]) for k in range(6)]
-        several = trial.submit("[[eos: 400]]", n=4, max_new_tokens=300, seed=7)
+        several = trial.submit("[[eos: 900]]", n=4, max_new_tokens=800, seed=7)
         uneven = [
-            trial.submit("count", n=3, max_new_tokens=200, seed=k, logprobs=True, top_logprobs=2) for k in range(2)
+            trial.submit(stopping(100), n=3, max_new_tokens=200, seed=k, logprobs=True, top_logprobs=2)
+            for k in range(2)
         ]
         called = [trial.submit(spell("w" * k + CALL), tools=TOOLS) for k in range(4)]
         readings = trial.watch([*spelled, *stopped, *held, several, *uneven, *called])
@@ -61,7 +62,7 @@ def test_characters_stop_strings_choices_and_logprobs_survive_a_kill(fleet: Flee
                 ("weather", {"city": "Łódź" * 9})
             ]
         # The same seed on an undisturbed worker gives the same choices.
-        again = trial.client.submit("[[eos: 400]]", n=4, max_new_tokens=300, seed=7).result(60)
+        again = trial.client.submit("[[eos: 900]]", n=4, max_new_tokens=800, seed=7).result(60)
         assert [c.text for c in several.result(30).choices] == [c.text for c in again.choices]
         for job in uneven:
             for choice in job.result(30).choices:
@@ -70,7 +71,7 @@ def test_characters_stop_strings_choices_and_logprobs_survive_a_kill(fleet: Flee
 
 
 def test_only_unfinished_choices_go_on(fleet: Fleet) -> None:
-    first = fleet.start_worker(token_ms=60.0)
+    first = fleet.start_worker(token_ms=200.0)
     with Trial(fleet) as trial:
         # With this seed they have 2, 58, 66 and 114 tokens.
         job = trial.submit("count", n=4, max_new_tokens=900, stop=[" river"], seed=2, temperature=2.0, top_p=1.0)
@@ -123,7 +124,7 @@ def test_what_cant_be_continued_ends_with_a_typed_error(fleet: Fleet) -> None:
 def test_what_an_engine_cant_continue_is_refused_or_ends_with_its_worker(fleet: Fleet) -> None:
     """A job that must be durable is told before its first token, any other when its worker dies."""
     uncontinued = {"uncontinued": ["presence_penalty"]}
-    first = fleet.start_worker(token_ms=10.0, **uncontinued)
+    first = fleet.start_worker(token_ms=40.0, **uncontinued)
     with Trial(fleet) as trial:
         loose, plain = (trial.submit("count", max_new_tokens=900, presence_penalty=p) for p in (0.5, 0.0))
         durable = trial.submit("count", max_new_tokens=900, durable=True)
@@ -147,7 +148,7 @@ def test_kinds_of_events_after_a_takeover(fleet: Fleet) -> None:
     """The reader sees a pause, not a restart: one more `started`, the same tokens, one end."""
     first = fleet.start_worker(salted=True, token_ms=10.0)
     with Trial(fleet) as trial:
-        job = trial.submit("count", max_new_tokens=700)
+        job = trial.submit(stopping(600), max_new_tokens=700)
         [reading] = trial.watch(job)
         trial.until_streaming(20)
         fleet.start_worker(salted=True, token_ms=3.0, wait=False)

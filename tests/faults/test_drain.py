@@ -10,7 +10,7 @@ from tests.processes import on_this_machine
 
 
 def test_jobs_finish_within_the_grace_period(fleet: Fleet) -> None:
-    worker = fleet.start_worker(salted=True, token_ms=5.0)
+    worker = fleet.start_worker(salted=True, token_ms=20.0)
     with Trial(fleet) as trial:
         jobs = trial.submit_many(8, max_new_tokens=300)
         trial.watch(jobs)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from celery import Celery
 
-from tests.faults.trial import Reading, Trial, aborted, ledger_of, running
+from tests.faults.trial import Reading, Trial, aborted, ledger_of, running, stopping
 from tests.fleets import ROOT, Fleet, wait_until
 from tests.processes import on_this_machine
 from tokenfleet.wire.errors import JobCancelled, JobExpired
@@ -116,7 +116,7 @@ def test_celery_revoke_means_cancel(fleet: Fleet) -> None:
 def test_a_total_deadline_ends_a_running_job_and_one_whose_worker_is_dead(fleet: Fleet) -> None:
     worker = fleet.start_worker(salted=True, token_ms=20.0)
     with Trial(fleet) as trial:
-        short, frozen = (trial.submit("count", max_new_tokens=3000, deadline_s=limit) for limit in (2.0, 7.0))
+        short, frozen = (trial.submit("count", max_new_tokens=3000, deadline_s=limit) for limit in (2.0, 9.0))
         trial.watch(short)
         trial.until_streaming(5, trial.watch(frozen))
         trial.fault("deadline", cuts=False)
@@ -140,7 +140,7 @@ def test_a_workers_wrong_clock_is_nobodys_business(fleet: Fleet, off_s: int) -> 
     told = subprocess.run([sys.executable, "-c", code], env={**os.environ, **wrong}, capture_output=True, text=True)
     assert abs(float(told.stdout) - time.time() - off_s) < 60, "the clock is right: nothing is proven"
     with Trial(fleet) as trial:
-        plain = trial.submit("count", max_new_tokens=400, queue_ttl_s=30, deadline_s=60)
+        plain = trial.submit("count", max_new_tokens=800, queue_ttl_s=30, deadline_s=60)
         short = trial.submit("count", max_new_tokens=3000, deadline_s=3.0)
         trial.watch(short)
         trial.until_streaming(5, trial.watch(plain))
@@ -157,7 +157,8 @@ def test_a_workers_wrong_clock_is_nobodys_business(fleet: Fleet, off_s: int) -> 
 def test_a_reader_that_leaves_cancels_if_the_job_says_so(fleet: Fleet) -> None:
     worker = fleet.start_worker(salted=True, token_ms=10.0)
     client = fleet.client()
-    stays, goes = (client.submit("count", max_new_tokens=300, cancel_on_disconnect=leave) for leave in (False, True))
+    stays = client.submit("count", max_new_tokens=300)
+    goes = client.submit(stopping(300), max_new_tokens=400, cancel_on_disconnect=True)
     for job in (stays, goes):
         with job.stream() as stream:
             list(islice(stream, 5))

@@ -17,12 +17,13 @@ from tokenfleet.wire.errors import EngineError
 def test_a_dead_engine_sends_its_jobs_elsewhere_and_ends_its_worker(fleet: Fleet) -> None:
     first = fleet.start_worker(salted=True, token_ms=10.0)
     with Trial(fleet) as trial:
-        jobs = trial.submit_many(6, max_new_tokens=600)
-        trap = trial.submit("[[fault: dead at 60 on attempt 1]]", max_new_tokens=200)
-        trial.watch([*jobs, trap])
+        jobs = trial.submit_many(6, max_new_tokens=600, stops_at=500)
+        trial.watch(jobs)
         trial.until_streaming(10)
-        fleet.start_worker(salted=True, token_ms=3.0, wait=False)
         trial.fault("engine dies")
+        trap = trial.submit("[[fault: dead at 100 on attempt 1]]", max_new_tokens=200)
+        trial.watch(trap)
+        fleet.start_worker(salted=True, token_ms=3.0, wait=False)
         assert first.wait(60) != 0, "a supervisor would not start it again"
         verdict = trial.judge()
         assert verdict.cut_streams == 7
@@ -43,11 +44,12 @@ def test_an_engine_that_dies_while_nothing_runs_is_noticed(fleet: Fleet) -> None
 def test_a_hung_engine_loses_its_lease_by_decision(fleet: Fleet) -> None:
     first = fleet.start_worker(salted=True, token_ms=10.0, env={"TOKENFLEET_HANG_S": "3.5"})
     with Trial(fleet) as trial:
-        jobs = trial.submit_many(4, max_new_tokens=700)
-        trap = trial.submit("[[fault: freeze at 40 on attempt 1]]", max_new_tokens=400)
-        trial.watch([*jobs, trap])
+        jobs = trial.submit_many(4, max_new_tokens=700, stops_at=600)
+        trial.watch(jobs)
         trial.until_streaming(10)
         trial.fault("engine hangs")
+        trap = trial.submit("[[fault: freeze at 100 on attempt 1]]", max_new_tokens=400)
+        trial.watch(trap)
         fleet.start_worker(salted=True, token_ms=3.0, wait=False)
         assert first.wait(40) != 0, "a supervisor would not start it again"
         verdict = trial.judge()
@@ -58,13 +60,15 @@ def test_a_loop_blocked_for_8_s_costs_no_takeover(fleet: Fleet) -> None:
     """A long prefill does the same: the lease's thread goes on."""
     fleet.start_worker(salted=True, token_ms=10.0)
     with Trial(fleet) as trial:
-        trap = trial.submit("[[fault: block 8 at 30]]", max_new_tokens=200)
-        jobs = trial.submit_many(4, max_new_tokens=200)
-        trial.watch([trap, *jobs])
+        jobs = trial.submit_many(4, max_new_tokens=800)
+        trial.watch(jobs)
         trial.until_streaming(5)
-        fleet.start_worker(salted=True, token_ms=10.0, wait=False)
         trial.fault("blocked loop", cuts=False)
         started = time.monotonic()
+        trap = trial.submit("[[fault: block 8 at 30]]", max_new_tokens=200)
+        trial.watch(trap)
+        wait_until(lambda: ledger_of(fleet, trap)["state"] == "running", 10, "it is claimed")
+        fleet.start_worker(salted=True, token_ms=10.0, wait=False)
         trial.judge()
         assert time.monotonic() - started > 6, "nothing was blocked: nothing is proven"
         assert {ledger_of(fleet, job)["epoch"] for job in [trap, *jobs]} == {"1"}
@@ -118,7 +122,7 @@ def test_every_other_process_of_a_worker_may_be_killed(fleet: Fleet) -> None:
 def test_ten_seconds_later_nothing_of_a_dead_worker_is_left(fleet: Fleet) -> None:
     first = fleet.start_worker(salted=True, token_ms=10.0)
     with Trial(fleet) as trial:
-        trial.watch(trial.submit_many(2, max_new_tokens=500))
+        trial.watch(trial.submit_many(2, max_new_tokens=500, stops_at=400))
         trial.until_streaming(10)
         pids = [first.pid, *(child.pid for child in first.children())]
         fleet.start_worker(salted=True, token_ms=3.0, wait=False)

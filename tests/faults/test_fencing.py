@@ -6,8 +6,9 @@ import signal
 import time
 
 from tests.faults.proxy import proxied
-from tests.faults.trial import Trial, aborted, ends, ledger_of, running
+from tests.faults.trial import Trial, aborted, ends, ledger_of, running, stopping
 from tests.fleets import Fleet, Worker, wait_until
+from tests.processes import on_this_machine
 
 
 def freed_within(zombie: Worker, woken: float, limit_s: float = 4.0) -> None:
@@ -15,7 +16,7 @@ def freed_within(zombie: Worker, woken: float, limit_s: float = 4.0) -> None:
     wait_until(lambda: not running(zombie), 10, "the zombie's slots are free")
     took_s = max(ends(zombie).values()) - woken
     print(f"its slots were free {took_s:.2f} s after it woke")
-    assert took_s < limit_s
+    assert took_s < on_this_machine(limit_s)
 
 
 def begun(worker: Worker) -> set[str]:
@@ -48,7 +49,7 @@ def test_a_zombie_whose_jobs_are_long_gone_frees_its_slots(fleet: Fleet) -> None
     """Retention is over and the keys have expired when it wakes."""
     first = fleet.start_worker(salted=True, token_ms=10.0)
     with Trial(fleet) as trial:
-        job = trial.submit("count", max_new_tokens=600, retention_s=0.5)
+        job = trial.submit(stopping(500), max_new_tokens=600, retention_s=0.5)
         trial.watch(job)
         trial.until_streaming(20)
         trial.fault("SIGSTOP", first.pid, cuts=False)
@@ -71,7 +72,7 @@ def test_a_worker_cut_off_from_redis_is_fenced_when_it_is_back(fleet: Fleet) -> 
         second = fleet.start_worker(salted=True, token_ms=30.0, wait=False)
         for index, worker in enumerate((first, second)):
             fleet.wait_ready(worker, index)
-        trial.watch(trial.submit_many(8, max_new_tokens=400))
+        trial.watch(trial.submit_many(8, max_new_tokens=600))
         trial.until_streaming(10)
         held = {name[:36] for name in running(first)}
         assert held, "nothing runs on the worker that is cut off"
@@ -88,19 +89,23 @@ def test_lost_replies_and_short_cuts_are_no_fence(fleet: Fleet) -> None:
     """The connection breaks after Redis did what it was asked: every call is made again, and nothing is doubled."""
     with proxied(fleet.redis) as proxy, Trial(fleet) as trial:
         worker = fleet.start_worker(salted=True, token_ms=5.0, env={"TOKENFLEET_REDIS_URL": proxy.url})
-        jobs = trial.submit_many(8, max_new_tokens=600)
+        jobs = trial.submit_many(8, max_new_tokens=1500)
         trial.watch(jobs)
         trial.until_streaming(10)
-        for _ in range(8):
+        [first, *_] = trial.readings
+        rounds = 0
+        while rounds < 8 and first.tokens < 1300:
+            rounds += 1
             trial.fault("lost reply", cuts=False)
-            tokens = trial.readings[0].tokens
+            tokens = first.tokens
             before = proxy.lost_replies
             proxy.lose_replies(2)
             wait_until(lambda before=before: proxy.lost_replies > before, 10, "a reply is lost")
             trial.fault("reset", cuts=False)
             proxy.cut()
-            wait_until(lambda tokens=tokens: trial.readings[0].tokens > tokens, 10, "it goes on")
+            wait_until(lambda tokens=tokens: first.tokens > tokens, 10, "it goes on")
         verdict = trial.judge()
+        assert rounds >= 3
         assert verdict.cut_streams == 0
         assert aborted(worker) == 0
         assert {ledger_of(fleet, job)["epoch"] for job in jobs} == {"1"}

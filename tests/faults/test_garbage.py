@@ -45,7 +45,7 @@ def test_garbage_in_the_queue_is_dropped(fleet: Fleet) -> None:
     worker = fleet.start_worker(salted=True)
     with Trial(fleet) as trial, fleet.redis.client() as client:
         queue = Keys(fleet.redis.fleet).queue("scripted")
-        jobs = trial.submit_many(4, max_new_tokens=200)
+        jobs = trial.submit_many(4, max_new_tokens=1000)
         trial.watch(jobs)
         trial.until_streaming(5)
         trial.fault("garbage", cuts=False)
@@ -71,7 +71,7 @@ def test_garbage_on_channels_is_dropped(fleet: Fleet) -> None:
     worker = fleet.start_worker(salted=True)
     keys = Keys(fleet.redis.fleet)
     with Trial(fleet) as trial, fleet.redis.client() as client:
-        jobs = trial.submit_many(2, max_new_tokens=400)
+        jobs = trial.submit_many(2, max_new_tokens=1000)
         trial.watch(jobs)
         trial.until_streaming(5)
         trial.fault("garbage", cuts=False)
@@ -105,9 +105,9 @@ def test_garbage_in_a_log_ends_that_job_alone(fleet: Fleet, garbage: bytes) -> N
     with Trial(fleet) as trial, fleet.redis.client() as client:
         other = trial.submit("count", max_new_tokens=400)
         trial.watch(other)
-        broken = trial.client.submit("count", max_new_tokens=400)
+        broken = trial.client.submit("count", max_new_tokens=3000)
         with broken.stream() as stream:
-            list(islice(stream, 10))
+            list(islice(stream, 5))
             trial.fault("garbage", cuts=False)
             client.xadd(keys.log(broken.id), {"e": garbage})  # its id is a time: all later ones are smaller
             wait_until(lambda: ledger_of(fleet, broken)["state"] == "failed", 10, "the broken job has ended")

@@ -31,7 +31,7 @@ def media_keys(fleet: Fleet) -> list[str]:
 def test_a_stream_with_media_goes_on_when_its_worker_is_killed(fleet: Fleet) -> None:
     folder = fleet.folder / "media"
     env = {"TOKENFLEET_MEDIA_FOLDER": str(folder)}
-    first = fleet.start_worker(env=env, **{**OPTIONS, "token_ms": 40.0})
+    first = fleet.start_worker(env=env, **{**OPTIONS, "token_ms": 60.0})
     client = fleet.client(media=MediaSettings(folder=folder, inline_bytes=1000))
     media = {"images": [png(1), padded(png(2), 5000)], "audios": [wav(3, samples=100)]}
     asked = {"do_sample": False, "max_new_tokens": TOKENS, "retention_s": 2.0, **media}

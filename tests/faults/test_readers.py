@@ -19,7 +19,7 @@ def test_slow_late_and_repeated_readers_get_everything(fleet: Fleet) -> None:
         jobs = trial.submit_many(6, max_new_tokens=3000)
         quick = trial.watch(jobs, "quick")
         slow = trial.watch(jobs, "slow", pause_s=0.3)
-        trial.until_streaming(20, quick)
+        wait_until(lambda: all(reading.tokens >= 20 for reading in quick), 30, "20 tokens everywhere")
         trial.fault("slow readers", cuts=False)
         memory = [fleet.redis.client().info("memory")["used_memory"]]
         wait_until(lambda: all(reading.future.done() for reading in quick), 60, "quick readers are through")
@@ -37,7 +37,7 @@ def test_connections_killed_every_200_ms(fleet: Fleet) -> None:
     """All of them: readers', workers' and Celery's."""
     fleet.start_worker(salted=True, token_ms=5.0)
     with Trial(fleet) as trial, fleet.redis.client() as killer:
-        jobs = trial.submit_many(8, max_new_tokens=1000)
+        jobs = trial.submit_many(8, max_new_tokens=1500)
         trial.watch(jobs)
         trial.until_streaming(5)
         rounds = 0
@@ -51,12 +51,12 @@ def test_connections_killed_every_200_ms(fleet: Fleet) -> None:
         verdict = trial.judge()
         print(f"{rounds} times all connections were killed")
         assert rounds > 10
-        assert verdict.tokens == 8000
+        assert verdict.tokens == 12_000
 
 
 def test_a_frozen_reader_is_cut_off_and_catches_up(fleet: Fleet) -> None:
     """Its channel overflows (pub/sub is a hint): Redis drops it, and it reads what it missed from the log."""
-    fleet.start_worker(salted=True, token_ms=1.0)
+    fleet.start_worker(salted=True, token_ms=2.0)
     with fleet.redis.client() as client:
         client.config_set("client-output-buffer-limit", "pubsub 32768 16384 1")
     with proxied(fleet.redis) as proxy, Trial(fleet) as trial:
@@ -95,7 +95,7 @@ def test_dropped_messages_are_read_from_the_log_at_once(fleet: Fleet) -> None:
         proxy.drop_messages_with = b'"index":4'  # 4, and 40 to 49
         deaf = Client(proxy.url, fleet=fleet.redis.fleet)
         fleet.clients.append(deaf)
-        readings = trial.watch(trial.submit_many(4, max_new_tokens=350), "deaf", client=deaf)
+        readings = trial.watch(trial.submit_many(4, max_new_tokens=500), "deaf", client=deaf)
         trial.fault("dropped messages", cuts=False)
         wait_until(lambda: all(r.tokens > 100 for r in readings), 20, "they are past the gaps")
         assert proxy.dropped_messages >= 4, "no message was dropped: nothing is proven"
@@ -104,7 +104,7 @@ def test_dropped_messages_are_read_from_the_log_at_once(fleet: Fleet) -> None:
 
 
 def test_readers_that_come_and_go_leave_nothing_behind(fleet: Fleet) -> None:
-    worker = fleet.start_worker(salted=True, token_ms=5.0)
+    worker = fleet.start_worker(salted=True, token_ms=10.0)
     chance = random.Random(1)
     with Trial(fleet) as trial, fleet.redis.client() as client:
         jobs = trial.submit_many(4, max_new_tokens=600)

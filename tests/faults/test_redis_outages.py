@@ -32,7 +32,7 @@ def until_all_go_on(trial: Trial, tokens: list[int]) -> None:
 def test_redis_killed_and_restarted_with_its_log_under_load(fleet: Fleet) -> None:
     both_ready(fleet, salted=True, token_ms=10.0)
     with Trial(fleet) as trial:
-        jobs = trial.submit_many(24, max_new_tokens=700)
+        jobs = trial.submit_many(24, max_new_tokens=1000)
         trial.watch(jobs)
         trial.until_streaming(20)
         trial.fault("redis SIGKILL", fleet.redis.pid, cuts=False)
@@ -200,7 +200,7 @@ def test_a_full_redis_refuses_new_jobs_and_finishes_running_ones(tmp_path_factor
 def fill_and_heal(fleet: Fleet) -> None:
     both_ready(fleet, salted=True, token_ms=10.0)
     with Trial(fleet) as trial, fleet.redis.client() as client:
-        jobs = trial.submit_many(16, max_new_tokens=600)
+        jobs = trial.submit_many(16, max_new_tokens=900)
         trial.watch(jobs)
         trial.until_streaming(10)
         trial.fault("full", cuts=False)

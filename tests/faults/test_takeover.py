@@ -6,14 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import islice
+from collections.abc import Iterator
 from typing import Any
 
 import psutil
 import pytest
 import redis
 
-from tests.faults.trial import Trial, ledger_of, running
+from tests.faults.trial import Trial, ledger_of, running, stopping
 from tests.fleets import Fleet, Worker
 from tests.processes import on_this_machine
 from tokenfleet.engines.scripted import salt_of
@@ -27,6 +27,14 @@ def ids_of(events: list[AnyEvent]) -> list[int]:
     return [i for event in events if isinstance(event, Delta) for i in event.ids]
 
 
+def until(tokens: int, stream: Iterator[AnyEvent]) -> list[AnyEvent]:
+    """Its events until so many tokens have come."""
+    events: list[AnyEvent] = []
+    while len(ids_of(events)) < tokens:
+        events.append(next(stream))
+    return events
+
+
 def indices_of(events: list[AnyEvent]) -> list[int]:
     return [e.index + k for e in events if isinstance(e, Delta) for k in range(len(e.ids))]
 
@@ -35,9 +43,9 @@ def indices_of(events: list[AnyEvent]) -> list[int]:
 def test_stream_survives_the_worker_that_was_writing_it(fleet: Fleet, how: str) -> None:
     workers = two_workers(fleet, salted=True, token_ms=10.0)
     client = fleet.client()
-    job = client.submit("count", max_new_tokens=TOKENS)
+    job = client.submit(stopping(TOKENS - 100), max_new_tokens=TOKENS)
     with job.stream() as stream:
-        head = list(islice(stream, 40))
+        head = until(40, stream)
         [first] = [worker for worker in workers if running(worker)]
         [second] = [worker for worker in workers if worker is not first]
         assert 10 <= len(ids_of(head)) <= TOKENS - 100, "not mid-stream: this run would prove nothing"
@@ -99,9 +107,9 @@ def test_a_guardian_that_came_too_late_still_buries_its_worker(fleet: Fleet) -> 
     """Started by a worker that was killed before its guardian looked: all it has is what it was told."""
     lease = {"TOKENFLEET_LEASE": '{"lease_s": 60.0}'}  # the lease can't be what tells
     worker = fleet.start_worker(token_ms=10.0, env=lease)
-    job = fleet.client().submit("count", max_new_tokens=TOKENS)
+    job = fleet.client().submit(stopping(TOKENS - 100), max_new_tokens=TOKENS)
     with job.stream() as stream:
-        assert len(ids_of(list(islice(stream, 20)))) >= 10
+        until(20, stream)
         owner = ledger_of(fleet, job)["worker"]
         guardian_of(worker).kill()
         worker.kill_group()

@@ -83,6 +83,12 @@ class Reading:
         return "".join(event.text for event in self.events if isinstance(event, Delta))
 
 
+def stopping(at: int, prompt: str = "count") -> str:
+    """A prompt whose first attempt makes ``at`` tokens and no more: whoever kills its worker finds it unended, however
+    slow the machine is (the scripted engine's workers with faults)."""
+    return f"{prompt} [[fault: hang at {at} on attempt 1]]"
+
+
 class Trial:
     def __init__(self, fleet: Fleet, *, client: Client | None = None) -> None:
         self.fleet = fleet
@@ -112,8 +118,12 @@ class Trial:
         self.history.note("accepted", job=job.id, n=named.get("n", 1), max_new_tokens=named.get("max_new_tokens"))
         return job
 
-    def submit_many(self, count: int, **named: Any) -> list[Job]:
-        jobs = self.client.submit_many([f"question {i}" for i in range(count)], **named)
+    def submit_many(self, count: int, *, stops_at: int | None = None, **named: Any) -> list[Job]:
+        """``stops_at``: of `stopping`."""
+        prompts = [f"question {i}" for i in range(count)]
+        if stops_at is not None:
+            prompts = [stopping(stops_at, prompt) for prompt in prompts]
+        jobs = self.client.submit_many(prompts, **named)
         for job in jobs:
             self.history.note("accepted", job=job.id, n=named.get("n", 1), max_new_tokens=named.get("max_new_tokens"))
         return jobs
@@ -252,4 +262,4 @@ def running(worker: Worker) -> set[str]:
     return begun - {line["sequence_id"] for line in worker.record if line["event"] == "end"}
 
 
-__all__ = ["History", "Reading", "Trial", "aborted", "dump", "ends", "ledger_of", "running"]
+__all__ = ["History", "Reading", "Trial", "aborted", "dump", "ends", "ledger_of", "running", "stopping"]

@@ -123,7 +123,7 @@ def test_nobody_sees_a_prompt_through_celery(served: Fleet) -> None:
         next(consumer, None)
         raw = Celery(broker=served.redis.celery_url, backend=served.redis.celery_url)
         queue = sig(served).options["queue"]
-        sent = raw.send_task("tokenfleet.chat", args=(secret,), kwargs={"max_new_tokens": 800}, queue=queue)
+        sent = raw.send_task("tokenfleet.chat", args=(secret,), kwargs={"max_new_tokens": 1200}, queue=queue)
         job = served.client().job(sent.id)
         wait_until(lambda: served.redis.client().exists(f"tokenfleet:{served.redis.fleet}:job:{sent.id}"), 10)
         active = wait_until(
