@@ -1,4 +1,4 @@
-"""How each engine goes on with a request after a takeover, by parameter, and which media SGLang is given.
+"""How each engine goes on with a request after a takeover, by parameter.
 
 Data that the code reads and the contract suite holds the engines to. What is refused altogether: `wire/support.py`.
 """
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from tokenfleet.engines.base import Continuation
 from tokenfleet.wire.chat import GenerationParams
-from tokenfleet.wire.support import Refusal, is_used
+from tokenfleet.wire.support import is_used
 
 CONTINUATION: Mapping[str, Mapping[str, Continuation]] = {
     # Tokens follow from (prompt, seed, index) and, with penalties, from all ids before.
@@ -27,41 +27,6 @@ CONTINUATION: Mapping[str, Mapping[str, Continuation]] = {
 }
 """How a request that uses the parameter goes on after a takeover; ``exact`` where nothing is said. ``valid``: a fair
 sample, not the undisturbed text, as sampling without a seed is everywhere."""
-
-SGLANG_MEDIA: Mapping[str, frozenset[str]] = {
-    "LlavaForConditionalGeneration": frozenset({"image"}),
-    "Qwen2VLForConditionalGeneration": frozenset({"image", "video"}),
-    "Qwen2_5_VLForConditionalGeneration": frozenset({"image", "video"}),
-    "Qwen3VLForConditionalGeneration": frozenset({"image", "video"}),
-    "Qwen2AudioForConditionalGeneration": frozenset({"audio"}),
-}
-"""The architectures whose media SGLang is given, each checked against transformers; others get texts only. What
-transformers and vLLM take follows from the model's processor there (docs/media.md)."""
-
-_SGLANG_MODELS = "https://github.com/sgl-project/sglang/blob/v0.5.23/python/sglang/srt/models"
-REFUSED_SGLANG_MEDIA: Mapping[str, Refusal] = {
-    "LlavaNextForConditionalGeneration": Refusal(
-        "SGLang has LLaVA-NeXT as its authors first published it, not in the form that transformers has it.",
-        f"{_SGLANG_MODELS}/llava.py",
-    ),
-    "InternVLForConditionalGeneration": Refusal(
-        "SGLang has InternVL with its authors' own code, not in the form that transformers has it.",
-        f"{_SGLANG_MODELS}/internvl.py",
-    ),
-    "PaliGemmaForConditionalGeneration": Refusal("SGLang has no PaliGemma.", _SGLANG_MODELS),
-    "Gemma3ForConditionalGeneration": Refusal(
-        "An image's tokens attend to one another with one of SGLang's attention backends only, and not where a prompt "
-        "is read in pieces or its beginning is cached.",
-        f"{_SGLANG_MODELS}/gemma3_mm.py",
-    ),
-}
-"""By architecture: why SGLang is not given its media; for others it is `OTHER_SGLANG_MEDIA`."""
-
-OTHER_SGLANG_MEDIA = Refusal(
-    "SGLang's models each want tensors in a form of their own, and it prepares these with processors that decode, "
-    "sample and count otherwise than the other engines.",
-    "https://github.com/sgl-project/sglang/blob/main/python/sglang/srt/multimodal/processors/base_processor.py",
-)
 
 _ORDER: tuple[Continuation, ...] = ("exact", "valid", "no")
 

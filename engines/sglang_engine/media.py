@@ -13,14 +13,15 @@ import torch
 from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalProcessorOutput
 
 from tokenfleet.engines.base import Media
+from tokenfleet.engines.families import cell_of, kinds_given
 from tokenfleet.engines.folders import architectures, has_processor
 from tokenfleet.engines.media.failures import invalid
 from tokenfleet.engines.media.processing import MediaProcessor, load_processor
 from tokenfleet.engines.sglang_engine import compat
 from tokenfleet.engines.sglang_engine.options import SglangOptions
-from tokenfleet.engines.support import OTHER_SGLANG_MEDIA, REFUSED_SGLANG_MEDIA, SGLANG_MEDIA
 from tokenfleet.engines.templates.expansion import Expansion
 from tokenfleet.wire.errors import InvalidRequest
+from tokenfleet.wire.support import Refusal
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +36,7 @@ class SglangMedia:
         """``config``: the model's, of transformers."""
         self._processor = processor
         self._config = config
-        taken = frozenset[str]().union(*(SGLANG_MEDIA.get(name, ()) for name in config.architectures))
-        self.modalities = tuple(kind for kind in processor.modalities if kind in taken)
+        self.modalities = kinds_given("sglang", config.architectures, processor.modalities)
         tokenizer = processor.tokenizer
         self._ids = {kind: tokenizer.convert_tokens_to_ids(processor.tokens[kind]) for kind in self.modalities}
 
@@ -94,13 +94,12 @@ class SglangMedia:
 
 def media_processor(folder: Path, tokenizer: Any, options: SglangOptions) -> MediaProcessor | None:
     """None for a model of texts, or one whose media SGLang is not given. Raises `ConfigurationError`."""
-    names = set(architectures(folder))
-    if SGLANG_MEDIA.keys() & names:
-        return load_processor(folder, tokenizer, options, trust_remote_code=options.trust_remote_code)
-    if has_processor(folder):
-        why = next(map(REFUSED_SGLANG_MEDIA.__getitem__, REFUSED_SGLANG_MEDIA.keys() & names), OTHER_SGLANG_MEDIA)
+    if not has_processor(folder):
+        return None
+    if isinstance(why := cell_of("sglang", architectures(folder)), Refusal):
         log.warning("This model gets texts only. %s Serve it with transformers or vLLM. See %s", why.reason, why.source)
-    return None
+        return None
+    return load_processor(folder, tokenizer, options, trust_remote_code=options.trust_remote_code)
 
 
 class Ready:

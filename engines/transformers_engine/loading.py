@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from tokenfleet.engines.base import EngineInfo
+from tokenfleet.engines.families import cell_of, kinds_given
 from tokenfleet.engines.folders import Folders, is_classifier
 from tokenfleet.engines.media.positions import go_on_after_videos
 from tokenfleet.engines.media.processing import MediaProcessor, Prepared, load_processor
@@ -28,6 +29,7 @@ from tokenfleet.engines.transformers_engine.kv import BatchCache
 from tokenfleet.engines.transformers_engine.options import TransformersOptions
 from tokenfleet.engines.transformers_engine.packing import pack
 from tokenfleet.wire.errors import ConfigurationError
+from tokenfleet.wire.support import Refusal
 
 _ATTENTION = {"disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "fa3": "flash_attention_3"}
 _CACHED_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -172,6 +174,7 @@ def load(options: TransformersOptions) -> LoadedModel:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
         _refuse_unknown_quantisation(config)
+        _refuse_family(config, options)
         _scale_rope(config, options)
         media = None
         if _is_multimodal(config):
@@ -208,7 +211,7 @@ def load(options: TransformersOptions) -> LoadedModel:
         vocab_size=loaded.vocab_size,
         can_score=head is not None,
         can_generate=loaded.can_generate,
-        media=media.modalities if media else (),
+        media=kinds_given("transformers", config.architectures or (), media.modalities if media else ()),
         dtype=str(dtype),
         quantization=[options.quantization_bit, options.quantization_method],
         # The build (+cpu, +cu130) says little about the numbers: a CPU worker may continue a GPU worker's job.
@@ -270,6 +273,15 @@ def _quantization(options: TransformersOptions) -> Any:
             if bits != 8:
                 raise ConfigurationError("eetq quantises to 8 bits only.", hint="Set quantization_bit to 8.")
             return transformers.EetqConfig()
+
+
+def _refuse_family(config: Any, options: TransformersOptions) -> None:
+    """Before the weights are read."""
+    if isinstance(why := cell_of("transformers", config.architectures or ()), Refusal):
+        raise ConfigurationError(
+            f"The transformers engine can't batch {options.shown_name!r}: {why.reason}",
+            hint=f"Serve it with vllm or sglang, where these have it. See {why.source}",
+        )
 
 
 def _refuse_unknown_quantisation(config: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import transformers
 
 from tokenfleet.engines.base import Media
+from tokenfleet.engines.families import KINDS, kinds_given
 from tokenfleet.engines.folders import has_processor
 from tokenfleet.engines.media import Decoded, MediaSettings, Video, decode
 from tokenfleet.engines.media.decoding import Recent, digest_of
@@ -36,7 +37,8 @@ class VllmMedia:
         check_settings(processor, settings)
         self._cuts = cutting(settings, getattr(processor, "image_processor", None))
         limits = info.supported_mm_limits
-        self.modalities = tuple(kind for kind in ("image", "video", "audio") if kind in limits)
+        offered = (kind for kind in KINDS if kind in limits)
+        self.modalities = kinds_given("vllm", engine.model_config.architectures, offered)
         tokens = {kind: getattr(processor, f"{kind}_token", None) for kind in self.modalities}
         self._ids = {kind: processor.tokenizer.convert_tokens_to_ids(token) for kind, token in tokens.items() if token}
         vision = getattr(engine.model_config.hf_config, "vision_config", None)

@@ -11,8 +11,10 @@ transformers = pytest.importorskip("transformers")
 
 from tests.contract import small_models  # noqa: E402
 from tests.contract.test_transformers import answer, assert_best, prompt, sequence, started  # noqa: E402
+from tokenfleet.engines.families import FAMILIES  # noqa: E402
 from tokenfleet.wire.chat import ChatRequest  # noqa: E402
 from tokenfleet.wire.errors import ConfigurationError, UnknownModel  # noqa: E402
+from tokenfleet.wire.support import Refusal  # noqa: E402
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
@@ -99,6 +101,18 @@ async def test_a_checkpoint_quantised_in_a_way_that_is_not_there_says_what_is_mi
     with pytest.raises(ConfigurationError, match=f"(?i){told}"):
         async with started(tmp_path):
             pass
+
+
+async def test_a_family_that_can_not_be_batched_says_why(llama, tmp_path):
+    refused = [f for f in FAMILIES.values() if isinstance(f.transformers, Refusal)]
+    assert refused
+    for number, family in enumerate(refused):
+        (folder := tmp_path / str(number)).mkdir()
+        copied(llama[0], folder, architectures=sorted(family.architectures)[:1])
+        with pytest.raises(ConfigurationError) as raised:
+            async with started(folder):
+                pass
+        assert family.transformers.reason in raised.value.message
 
 
 async def test_a_model_that_lacks_weights_is_not_completed_by_chance(llama, tmp_path):

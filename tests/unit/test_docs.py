@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tokenfleet.engines.families import FAMILIES, OTHERS, Cell, Given
 from tokenfleet.producer.gateway.settings import GatewaySettings
 from tokenfleet.wire.chat import GenerationParams
 from tokenfleet.wire.support import ENGINES, REFUSED
@@ -37,6 +38,20 @@ def test_the_page_of_parameters_names_who_refuses_which() -> None:
                 if (refusal := REFUSED[name].get(param.strip(" `")))
             ]
             assert refused_by.strip() == ", ".join(expected), param
+
+
+def shown(cell: Cell) -> str:
+    if not isinstance(cell, Given):
+        return f"no: [{cell.reason.rstrip('.')}]({cell.source})"
+    parts = [f"{kind}s" for kind in cell.tested] + [f"({kind}s)" for kind in cell.untested]
+    return ", ".join(parts)
+
+
+def test_the_page_of_media_says_what_each_engine_is_given_of_each_family() -> None:
+    page = (DOCS / "media.md").read_text()
+    for name, family in {**FAMILIES, "others with a processor": OTHERS}.items():
+        row = [name, *(shown(family.cell(engine)) for engine in ("transformers", "vllm", "sglang"))]
+        assert f"| {' | '.join(row)} |" in page
 
 
 def test_links_between_pages_lead_somewhere() -> None:
