@@ -119,8 +119,10 @@ class VllmEngine(ModelEngine[LoadedVllm]):
                 request_id, prompt, params, self._tasks, lora_request=loaded.lora.get(adapter)
             )
         except compat.request_errors() as error:
-            named = {} if param is None else {"param": param}
-            raise InvalidRequest(f"vLLM refuses this request: {error}", **named) from error
+            if param is None:
+                raise InvalidRequest(f"vLLM refuses this request: {error}") from error
+            reason = str(error).removeprefix("Grammar error: ")
+            raise InvalidRequest(f"{param} can't be used: {reason}", param=param) from error
         request.external_req_id = request_id
         return request
 

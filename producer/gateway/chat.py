@@ -100,7 +100,10 @@ async def submit(
     *,
     shown: bytes = b"",
 ) -> tuple[AsyncJob, str]:
-    """Queue it. The same ``Idempotency-Key`` of a tenant is the same job; with another body it is a `JobConflict`."""
+    """Queue it. The same ``Idempotency-Key`` of a tenant is the same job; with another body it is a `JobConflict`.
+
+    Gives the job, and the name that its answers bear: with an adapter ``model:adapter``, whichever way that was asked
+    for."""
     client: AsyncClient = request.app.state.client
     model = body.get("model")
     if not isinstance(model, str) or not model:
@@ -119,7 +122,7 @@ async def submit(
         request.state.served_model = name
         raise
     request.state.served_model = name
-    return job, model
+    return job, f"{model}:{chat.adapter}" if chat.adapter else model
 
 
 async def asked_for(request: Request, options: JobOptions, key: str | None) -> JobOptions:

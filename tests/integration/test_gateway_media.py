@@ -25,7 +25,7 @@ GREEDY = {"model": MODEL, "temperature": 0, "max_tokens": 12}
 @pytest.fixture(scope="module")
 def seeing(_session_server: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     fleet = Fleet(RedisServer(_session_server, new_fleet_name()), tmp_path_factory.mktemp("fleet"))
-    fleet.start_worker(modalities=["text", "image", "video", "audio"], token_ms=0)
+    fleet.start_worker(modalities=["text", "image", "video", "audio"], token_ms=0, adapters=["poet"])
     yield fleet
     fleet.close()
 
@@ -245,3 +245,19 @@ def test_nothing_but_the_allowed_network_is_reached(fetching: openai.OpenAI, sit
         ask(fetching, *[image(f"{site.url}/png/{k}") for k in range(17)])
     assert caught.value.code == "media_too_large"
     assert site.seen == before
+
+
+def test_an_adapter_is_a_model_by_name_in_answers_too(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {**GREEDY, "messages": [{"role": "user", "content": "Hi"}]}
+    plain = client.chat.completions.create(**asked)
+    named = client.chat.completions.create(**{**asked, "model": f"{MODEL}:poet"}, store=True)
+    by_field = client.chat.completions.create(**asked, extra_body={"adapter": "poet"})
+    assert plain.choices != named.choices == by_field.choices
+    assert (plain.model, named.model, by_field.model) == (MODEL, f"{MODEL}:poet", f"{MODEL}:poet")
+    assert client.chat.completions.retrieve(named.id).model == named.model
+    chunks = client.chat.completions.create(**{**asked, "model": f"{MODEL}:poet"}, stream=True)
+    assert {chunk.model for chunk in chunks} == {f"{MODEL}:poet"}
+    assert client.responses.create(model=f"{MODEL}:poet", input="Hi").model == f"{MODEL}:poet"
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**{**asked, "model": f"{MODEL}:painter"})
+    assert (caught.value.code, caught.value.param) == ("unknown_adapter", "adapter")
