@@ -90,7 +90,7 @@ def save_stateful(folder: Path):
 
 def save_classifier(folder: Path):
     torch.manual_seed(4)
-    config = hf.LlamaConfig(**_SIZE, num_labels=1)
+    config = hf.LlamaConfig(**{**_SIZE, "head_dim": 16}, num_labels=1)  # Triton's least
     return _saved(hf.LlamaForSequenceClassification(config).eval(), folder)
 
 

@@ -166,7 +166,7 @@ async def test_greedy_texts_leave_no_doubt_and_are_the_best_ones_to_the_token(su
         if (best[:, -1] - best[:, -2]).min() > subject.tolerance:
             assert answer.only == truth.argmax(axis=-1).tolist()
             clear += 1
-    assert clear >= 0.9 * len(texts)
+    assert clear >= (0.9 if subject.is_wide else 0.75) * len(texts)
 
 
 @pytest.mark.parametrize(
@@ -197,11 +197,27 @@ async def test_samples_have_the_distribution_asked_for(subject, params):
         for ids in answer.ids.values():
             counts[ids[0]] += 1
     assert counts.sum() == 1024
-    # A token at the edge of top-k or top-p may fall on either side by the tolerance of logits.
-    assert counts[probs == 0].sum() == 0 or not subject.is_exact
-    assert counts[probs == 0].sum() <= 10
+    # A token at the edge of top-k, top-p or min-p may fall on either side by the tolerance of logits.
+    if not subject.is_exact:
+        edge = doubtful(truth, job, probs, 2 * subject.tolerance)
+        counts[edge], probs[edge] = 0, 0
+        probs /= probs.sum()
+    assert counts[probs == 0].sum() == 0
     statistic, degrees = chi_square(np.where(probs > 0, counts, 0), probs)
     assert not improbable(statistic, degrees), (statistic, degrees)
+
+
+def doubtful(logits, job, probs, tolerance):
+    """Whether each token would be let in or kept out, were its logit another by so much."""
+    found = np.zeros(len(probs), bool)
+    for token in range(len(probs)):
+        for by in (-tolerance, tolerance):
+            moved = logits.copy()
+            moved[token] += by
+            again = probabilities(processed(moved, job.params, job.prompt_ids, []), job.params)
+            found[token] |= bool(again[token] > 0) != bool(probs[token] > 0)
+    assert probs[~found].sum() > 0.5, "nearly all is in doubt"
+    return found
 
 
 async def test_the_default_parameters_are_those_of_llama_factory(subject):
@@ -482,16 +498,20 @@ async def test_a_choice_continues_from_every_cut(subject, params):
     whole = await run(subject, job)
     how = continuation(subject.name, job.params)
     cuts = [event.index for event in whole.events if isinstance(event, Delta)]
+    same = 0
     for cut in cuts:
         log = [event for event in whole.events if isinstance(event, Delta) and event.index < cut]
         delivered = DeliveredChoice(tuple(whole.only[:cut]), "".join(delta.text for delta in log))
         again = await run(subject, replace(job, attempt=2, delivered={0: delivered}))
         assert again.only[:cut] == whole.only[:cut]
         assert len(again.only) <= job.max_new_tokens
-        if how == "exact" and (subject.is_exact or job.params.is_greedy is False):
+        same += again.only[cut : cut + 1] == whole.only[cut : cut + 1]
+        if how == "exact" and subject.is_wide and (subject.is_exact or job.params.is_greedy is False):
             assert (again.only, again.text, again.end) == (whole.only, whole.text, whole.end)
-        elif how == "exact":
+        elif how == "exact" and job.params.is_greedy:
             assert_greedy(subject, job, again.only)
+    # In 16 bits a draw now and then falls between what prefill and decode compute; other noise would agree by chance.
+    assert how != "exact" or same >= 0.9 * len(cuts)
 
 
 async def test_a_stop_string_across_the_cut_is_found(subject):

@@ -34,13 +34,12 @@ HANDLER = logging.NullHandler()
 def options_of(folder, **others):
     import torch
 
+    from tests.contract.subjects import SGLANG_ON_GPU
     from tokenfleet.engines.sglang_engine import SglangOptions
 
     adapters = {name: str(folder / name) for name in "ab" if (folder / name).is_dir()}
-    # SGLang's kernels for a GPU take 16 bits only, its default attention greater heads than the small model's.
-    on_gpu = torch.cuda.is_available()
-    base = {"attention_backend": "triton", "max_total_tokens": 1 << 16} if on_gpu else {}
-    config = {**base, **others.pop("sglang_config", {})}
+    on_gpu = torch.cuda.is_available()  # SGLang's kernels for one take 16 bits only
+    config = {**(SGLANG_ON_GPU if on_gpu else {}), **others.pop("sglang_config", {})}
     return SglangOptions(
         model_name_or_path=str(folder / "model"), infer_dtype="float16" if on_gpu else "float32", max_batch_size=4,
         adapters=adapters, sglang_config=config, **others,
