@@ -98,7 +98,11 @@ def read_json(file: Path) -> dict[str, Any]:
 def eos_ids(model: Path) -> frozenset[int]:
     """What ends a text by the model's own generation config; without one, by its config, as transformers has it."""
     name = "generation_config.json"
-    eos = read_json(model / (name if (model / name).is_file() else "config.json")).get("eos_token_id")
+    if (model / name).is_file():
+        eos = read_json(model / name).get("eos_token_id")
+    else:
+        config = read_json(model / "config.json")
+        eos = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
     return frozenset(eos if isinstance(eos, list) else () if eos is None else (eos,))
 
 

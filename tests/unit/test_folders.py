@@ -22,6 +22,7 @@ def folder(path, **files):
         ({"generation_config": {"eos_token_id": 0}}, {0}),
         ({"generation_config": {}, "config": {"eos_token_id": 3}}, set()),
         ({"config": {"eos_token_id": 3}}, {3}),
+        ({"config": {"text_config": {"eos_token_id": [4, 5]}}}, {4, 5}),
         ({}, set()),
     ],
 )
