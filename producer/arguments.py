@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tokenfleet.wire.chat import GenerationParams
 from tokenfleet.wire.errors import ConfigurationError
 from tokenfleet.wire.local_files import LocalFleetConfig
+from tokenfleet.wire.support import check_supported
 
 Backend = Literal["hf", "huggingface", "transformers", "vllm", "sglang", "scripted"]
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -153,7 +154,8 @@ _MODEL_NAMES = (
 def split_arguments(args: Mapping[str, Any]) -> tuple[FleetArguments, dict[str, Any]]:
     """Fleet arguments and default generation parameters out of one flat mapping, as LLaMA-Factory's files have them.
 
-    Raises `ConfigurationError` that names what is unknown or wrong."""
+    Raises `ConfigurationError` that names what is unknown or wrong, `InvalidRequest` for a parameter that the engine to
+    be loaded would refuse in every chat."""
     generation = {name: value for name, value in args.items() if name in _GENERATION}
     rest = {name: value for name, value in args.items() if name not in _GENERATION}
     known = set(FleetArguments.model_fields)
@@ -162,9 +164,11 @@ def split_arguments(args: Mapping[str, Any]) -> tuple[FleetArguments, dict[str, 
         hint = f"Did you mean {', '.join(near)}?" if near else "`tokenfleet chat --help` lists all."
         raise ConfigurationError(f"Unknown argument{'s' * (len(unknown) > 1)}: {', '.join(unknown)}.", hint=hint)
     try:
-        GenerationParams.model_validate(generation)
-        return FleetArguments.model_validate(rest), generation
+        params, fleet = GenerationParams.model_validate(generation), FleetArguments.model_validate(rest)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         raise ConfigurationError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from error
+    if fleet.redis_url is None:
+        check_supported(fleet.engine, params)
+    return fleet, generation

@@ -14,7 +14,7 @@ from tokenfleet.cli.arguments import merged, read_value
 from tokenfleet.engines.media.settings import MediaSettings
 from tokenfleet.producer.arguments import FleetArguments, split_arguments
 from tokenfleet.wire.chat import GenerationParams
-from tokenfleet.wire.errors import ConfigurationError
+from tokenfleet.wire.errors import ConfigurationError, InvalidRequest
 from tokenfleet.wire.jobs import JobOptions
 
 HEAVY = ("celery", "jinja2", "kombu", "pydantic", "redis", "rich", "torch", "transformers", "yaml")
@@ -150,6 +150,7 @@ def test_a_file_that_holds_no_arguments_is_refused(tmp_path: Path, text: str) ->
         (["chat", "temperature=warm"], "temperature: "),
         (["chat", "--infer-backend", "tensorrt"], "'tensorrt' is not one of"),
         (["up", "--temperature", "1"], "No such option '--temperature'"),
+        (["chat", "--infer_backend", "vllm", "--num_beams", "4"], "does not offer num_beams=4"),
         (["statsu"], "Did you mean status"),
         (["watch"], "Missing argument 'JOB_ID'"),
     ],
@@ -188,3 +189,12 @@ def test_llama_factorys_stage_of_reward_models_is_understood(backend: str) -> No
         engine_args(stage="ppo")
     with pytest.raises(ConfigurationError, match="rewards"):
         engine_args(stage="rm", rewards=False)
+
+
+def test_a_default_that_the_engine_would_refuse_in_every_chat_is_refused_before_it_loads() -> None:
+    for backend in ("vllm", "sglang"):
+        with pytest.raises(InvalidRequest) as caught:
+            split_arguments({"model_name_or_path": "m", "infer_backend": backend, "num_beams": 4})
+        assert (caught.value.code, caught.value.details["param"]) == ("unsupported_parameter", "num_beams")
+    split_arguments({"model_name_or_path": "m", "num_beams": 4})
+    split_arguments({"redis_url": "redis://somewhere", "num_beams": 4})  # that fleet's registry tells
