@@ -311,7 +311,7 @@ def test_a_batch_survives_the_death_of_everything(fleet: Fleet, tmp_path: Path) 
     worker = fleet.start_worker(token_ms=20.0)
     settings = {"storage": tmp_path / "s", "batch_lease_s": 2, "batch_window": 8}
     gateways = [start_gateway(fleet, **settings) for _ in range(2)]
-    rows = [row(f"r{k}", max_tokens=60) for k in range(40)]
+    rows = [row(f"r{k}", max_tokens=60) for k in range(80)]
     client = openai.OpenAI(base_url=f"{gateways[0].url}/v1", api_key="none", max_retries=0)
     batch_id = create(client, rows).id
     wait_until(lambda: client.batches.retrieve(batch_id).request_counts.completed >= 5, 30)
@@ -330,9 +330,9 @@ def test_a_batch_survives_the_death_of_everything(fleet: Fleet, tmp_path: Path) 
         with openai.OpenAI(base_url=f"{second.url}/v1", api_key="none", max_retries=0) as client:
             batch = ended(client, batch_id, 60)
             assert batch.status == "completed"
-            assert batch.request_counts.completed == 40
+            assert batch.request_counts.completed == 80
             good = rows_of(client, batch.output_file_id)
-            assert set(good) == {f"r{k}" for k in range(40)}
+            assert set(good) == {f"r{k}" for k in range(80)}
             assert {each["response"]["body"]["usage"]["completion_tokens"] for each in good.values()} == {60}
         assert not list((tmp_path / "s" / "batches").iterdir())
     finally:
@@ -383,7 +383,7 @@ def test_a_stopped_gateway_hands_over_at_once_and_an_outage_of_redis_is_waited_o
     settings = {"storage": tmp_path / "s", "batch_lease_s": 600, "batch_window": 8}  # nobody waits for that lease
     first = start_gateway(fleet, **settings)
     with openai.OpenAI(base_url=f"{first.url}/v1", api_key="none", max_retries=0) as client:
-        batch_id = create(client, [row(f"r{k}", max_tokens=60) for k in range(60)]).id
+        batch_id = create(client, [row(f"r{k}", max_tokens=60) for k in range(100)]).id
         wait_until(lambda: any(line["event"] == "end" for line in worker.record), 20)
     first.process.send_signal(signal.SIGTERM)
     try:
@@ -395,7 +395,7 @@ def test_a_stopped_gateway_hands_over_at_once_and_an_outage_of_redis_is_waited_o
         with openai.OpenAI(base_url=f"{second.url}/v1", api_key="none", max_retries=0) as client:
             before = client.batches.retrieve(batch_id).request_counts.completed
             wait_until(lambda: client.batches.retrieve(batch_id).request_counts.completed > before, 20)
-            assert begun(worker) < 60, "the batch is through: nothing would be waited out"
+            assert begun(worker) < 100, "the batch is through: nothing would be waited out"
             fleet.redis.kill9()
             with pytest.raises(openai.APIStatusError) as caught:
                 client.batches.retrieve(batch_id)
@@ -410,8 +410,8 @@ def test_a_stopped_gateway_hands_over_at_once_and_an_outage_of_redis_is_waited_o
 
             wait_until(lambda: status() in ENDED, 60)
             batch = client.batches.retrieve(batch_id)
-            assert (batch.status, batch.request_counts.completed) == ("completed", 60)
-            assert set(rows_of(client, batch.output_file_id)) == {f"r{k}" for k in range(60)}
+            assert (batch.status, batch.request_counts.completed) == ("completed", 100)
+            assert set(rows_of(client, batch.output_file_id)) == {f"r{k}" for k in range(100)}
     finally:
         second.close()
 
