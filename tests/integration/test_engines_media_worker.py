@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
+import signal
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 
 from tests import media_files as files
+from tests.faults.trial import ledger_of
 from tests.fleets import Fleet, Worker, wait_until
 from tokenfleet.wire.errors import InvalidRequest
-from tokenfleet.wire.events import Delta
+from tokenfleet.wire.events import Delta, Finished
 
 ENGINES = [name for name in ("vllm", "sglang") if importlib.util.find_spec(name)]
 pytestmark = [
@@ -82,10 +84,19 @@ def test_an_image_goes_from_a_file_to_the_answer_and_survives_its_worker(
 
     long = {**GREEDY, "max_new_tokens": 600}
     undisturbed = client.chat("Describe it.", images=[data], model=MODEL, **long).text
-    with client.submit("Describe it.", images=[data], model=MODEL, **long).stream() as stream:
-        head = list(islice((event for event in stream if isinstance(event, Delta)), 5))
-        worker.kill_group()
-        started(fleet, engine, tmp_path / "model", 1)
-        tail = [event for event in stream if isinstance(event, Delta)]
-    assert 0 < sum(len(event.ids) for event in head) < 600
-    assert "".join(event.text for event in [*head, *tail]) == undisturbed
+    while True:
+        job = client.submit("Describe it.", images=[data], model=MODEL, **long)
+        stream = job.stream()
+        head = list(islice(stream, 5))
+        worker.kill_group(signal.SIGSTOP)
+        if ledger_of(fleet, job)["state"] == "running":
+            break
+        worker.kill_group(signal.SIGCONT)  # the machine stood still and the answer is over: once more
+        stream.close()
+    worker.kill_group()
+    started(fleet, engine, tmp_path / "model", 1)
+    with stream:
+        events = [*head, *stream]
+    assert isinstance(events[-1], Finished)
+    assert events[-1].usage.attempts == 2
+    assert "".join(event.text for event in events if isinstance(event, Delta)) == undisturbed
