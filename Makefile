@@ -100,6 +100,7 @@ $(VLLM_READY): pyproject.toml $(VLLM_PINS)
 	@touch $@
 
 test-vllm-cpu: $(VLLM_READY) ## the engines' contract and a real worker, on vLLM on this machine's CPU (not in `make test`)
+	@$(VLLM_VENV)/bin/python -W ignore -c 'import vllm' # or the tests would be skipped
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TOKENFLEET_CONTRACT_ENGINES=vllm \
 	  $(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS) -W default --session-timeout=$(SUITE_LIMIT_S) $(PYTEST_ARGS)
 
@@ -125,6 +126,7 @@ $(SGLANG_READY): pyproject.toml $(SGLANG_PINS)
 	@touch $@
 
 test-sglang-cpu: $(SGLANG_READY) ## the engines' contract and a real worker, on SGLang on this machine's CPU (not in `make test`)
+	@$(SGLANG_VENV)/bin/python -W ignore -c 'import sglang' # or the tests would be skipped
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TOKENFLEET_CONTRACT_ENGINES=sglang \
 	  $(SGLANG_VENV)/bin/python -m pytest $(SGLANG_TESTS) -W default --session-timeout=$(SUITE_LIMIT_S) $(PYTEST_ARGS)
 
