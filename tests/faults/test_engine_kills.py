@@ -17,7 +17,7 @@ from tests.processes import all_gone, on_this_machine
 from tokenfleet.wire.events import Delta
 
 pytestmark = [needs_one, pytest.mark.slow, pytest.mark.timeout(580)]
-CPU_TOKENS, GPU_TOKENS = 150, 1000
+CPU_TOKENS, GPU_TOKENS = 300, 1000
 """Of each answer: some seconds, in which the kill falls."""
 CPU_TOLERANCE, GPU_TOLERANCE = 2e-3, 0.5
 """Of the top logit: an engine's kernels and transformers' add up in another order, on a GPU in TF32 or float16."""
