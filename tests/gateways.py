@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.fleets import ROOT, Fleet, wait_until
+from tests.processes import free_port
 
 
 @dataclass
@@ -27,9 +27,7 @@ class Gateway:
 
 def start_gateway(fleet: Fleet, *, wait: bool = True, **settings: Any) -> Gateway:
     """``settings`` are `GatewaySettings`' fields."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     values = {"redis_url": fleet.redis.url, "fleet": fleet.redis.fleet, "port": port}
     values |= {"storage": fleet.folder / "storage", **settings}
     env = {**os.environ, **{f"TOKENFLEET_GATEWAY_{name.upper()}": str(value) for name, value in values.items()}}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +24,16 @@ def on_this_machine(limit_s: float) -> float:
     """``limit_s`` of a machine that is free; more on one that is busy, by its load average: what is limited waits for
     its turn there as long."""
     return limit_s * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+def free_port() -> int:
+    """For a server that is about to start. Below the ports that connections are given: until it listens nobody's
+    connection can take it, nor be made to itself."""
+    while True:
+        port = 10_000 + secrets.randbelow(20_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Standstill:

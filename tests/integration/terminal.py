@@ -12,6 +12,8 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
+from tests.processes import on_this_machine
+
 # A session of its own whose controlling terminal is its stdin: so Ctrl-C is a SIGINT, as at a real terminal.
 _TAKE_TERMINAL = (
     "import fcntl,os,sys,termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
@@ -39,7 +41,7 @@ class Terminal:
 
     def expect(self, pattern: str, within_s: float = 30.0) -> re.Match[str]:
         """The first match after the last one."""
-        deadline = time.monotonic() + within_s
+        deadline = time.monotonic() + on_this_machine(within_s)
         while (found := re.compile(pattern).search(self.shown, self._read)) is None:
             self._take(deadline, f"{pattern!r}")
         self._read = found.end()
@@ -47,7 +49,7 @@ class Terminal:
 
     def wait(self, within_s: float = 30.0) -> int:
         """Its exit status."""
-        deadline = time.monotonic() + within_s
+        deadline = time.monotonic() + on_this_machine(within_s)
         with contextlib.suppress(EOFError):
             while True:
                 self._take(deadline, "its end")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -15,15 +14,14 @@ from typing import Any
 import pytest
 
 from tests.fleets import MODEL, ROOT, Fleet, wait_until
+from tests.processes import free_port
 
 SECRET = "xyzzy-plugh"
 
 
 @pytest.fixture
 def flower(served: Fleet) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     env = {
         **os.environ,
         "TOKENFLEET_REDIS_URL": served.redis.url, "TOKENFLEET_FLEET": served.redis.fleet, "TOKENFLEET_MODEL": MODEL,
