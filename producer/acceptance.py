@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Iterable
@@ -39,6 +40,7 @@ class Acceptance:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._known: dict[str, _Known] = {}
+        self._looking_up = asyncio.Lock()
 
     async def check(self, request: ChatRequest | ScoreRequest, model: str) -> None:
         """A model on two engines takes what both take, since any of its workers may come to the job.
@@ -49,8 +51,10 @@ class Acceptance:
             with contextlib.suppress(InvalidRequest):  # it was so then
                 known.check(request)
                 return
-        known = self._known[model] = await self._look_up(model)
-        known.check(request)
+        async with self._looking_up:
+            if (now := self._known.get(model)) is known or now is None:  # else another has looked meanwhile
+                now = self._known[model] = await self._look_up(model)
+        now.check(request)
 
     async def _look_up(self, name: str) -> _Known:
         models = await self._ledger.models()

@@ -9,7 +9,8 @@ import pytest
 
 from tests.fleets import MODEL, Fleet
 from tests.integration.test_cli import Shell
-from tokenfleet import Client
+from tokenfleet import AsyncClient, Client
+from tokenfleet.producer.acceptance import Acceptance
 from tokenfleet.wire import scripts
 from tokenfleet.wire.errors import InvalidRequest
 from tokenfleet.wire.jobs import JobOptions, ServedModel
@@ -112,3 +113,20 @@ def test_an_adapter_that_the_model_does_not_have_is_refused_at_submit(served: Fl
     assert (error.code, error.details["param"]) == ("unknown_adapter", "adapter")
     assert "poet" in error.hint
     client.submit("Hi", model="adapted", adapter="poet").cancel()
+
+
+async def test_many_submits_at_once_look_once(served: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = 0
+    look_up = Acceptance._look_up
+
+    async def counted(self: Acceptance, name: str) -> Any:
+        nonlocal looks
+        looks += 1
+        return await look_up(self, name)
+
+    monkeypatch.setattr(Acceptance, "_look_up", counted)
+    async with AsyncClient(served.redis.url, fleet=served.redis.fleet, model=MODEL) as client:
+        jobs = await client.submit_many(["Hi"] * 100, max_new_tokens=1)
+        assert looks == 1
+        for job in jobs:
+            await job.result(30)
