@@ -2,6 +2,9 @@
 
 transformers repeats them to the number of query heads whenever there is a mask, for the sake of CUDA's kernels; torch's
 CPU kernel reads them in place. With 16 rows of 300 tokens, 3 of 9 heads, 2 cores: 16.7 ms a layer copied, 0.6 in place.
+
+A single new token's query heads that share a key head are given to the kernel as that head's queries at several places,
+which they are to it: three rows in one matrix product instead of three of one row, two thirds of the time.
 """
 
 from __future__ import annotations
@@ -31,6 +34,13 @@ def _grouped_sdpa(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    rows, heads, columns, width = query.shape
+    if columns == 1 and attention_mask.shape[1] == 1:
+        together = query.reshape(rows, key.shape[1], heads // key.shape[1], width)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            together, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
+        )
+        return out.reshape(rows, 1, heads, -1), None
     out = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
     )

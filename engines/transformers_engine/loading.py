@@ -26,6 +26,7 @@ from tokenfleet.engines.transformers_engine.adapters import AdapterChoice, merge
 from tokenfleet.engines.transformers_engine.attention import use_grouped_sdpa
 from tokenfleet.engines.transformers_engine.batch import Forward, Inputs, MediaInputs
 from tokenfleet.engines.transformers_engine.kv import BatchCache
+from tokenfleet.engines.transformers_engine.norms import simplify_norms
 from tokenfleet.engines.transformers_engine.options import TransformersOptions
 from tokenfleet.engines.transformers_engine.packing import pack
 from tokenfleet.wire.errors import ConfigurationError
@@ -198,6 +199,7 @@ def load(options: TransformersOptions) -> LoadedModel:
     dtype = model.dtype
     if options.flash_attn == "auto":
         use_grouped_sdpa(model)
+    simplify_norms(model)
     if choice is None or choice.can_mix:
         pack(model)
     loaded = LoadedModel(model, tokenizer, choice, head, media)

@@ -59,6 +59,13 @@ def uniform(seed: int, index: int) -> float:
     return (int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") >> 11) * 2.0**-53
 
 
+def _argmax(scores: torch.Tensor) -> torch.Tensor:
+    """``[rows, 1]``: where each row is largest, or first not a number."""
+    if scores.device.type == "cpu":  # torch's own takes ten times as long there: 1 ms for 16 rows of 49,152
+        return torch.from_numpy(scores.numpy().argmax(axis=-1, keepdims=True))
+    return scores.argmax(dim=-1, keepdim=True)
+
+
 class BatchSampler:
     """Samples for a fixed list of rows: build a new one when rows join or leave."""
 
@@ -92,7 +99,8 @@ class BatchSampler:
         """One token per row from ``logits`` ``[rows, vocab]``, which are left as they are."""
         raw = logits.float()
         scores = self.scores(raw)
-        chosen = scores.argmax(dim=-1)
+        best = _argmax(scores)
+        chosen = best[:, 0].clone()
         for rows, draw in (
             (self._top_k_rows, self._draw_top_k),
             (self._nucleus_rows, self._draw_nucleus),
@@ -100,7 +108,7 @@ class BatchSampler:
         ):
             if rows:
                 chosen[rows] = draw(scores[rows] if len(rows) < len(scores) else scores, rows)
-        is_number = scores.amax(dim=-1).isfinite()
+        is_number = scores.gather(-1, best).isfinite()[:, 0]
         ids = torch.where(is_number, chosen, -1).tolist()
         logprobs = self._logprobs(raw, ids)
         return [Drawn(token, logprobs.get(row)) for row, token in enumerate(ids)]
