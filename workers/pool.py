@@ -198,7 +198,7 @@ class AsyncioPool(BasePool):
         if self._worker is not None:
             channel = self._worker.consumer.task_consumer.channel
             keep_client(channel)
-            harden(channel)
+            harden(channel, hub)
 
     # -- jobs ---------------------------------------------------------------------------------------------------------
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 _ROWS_HINT = 128
-"""The batch that the layout is chosen for; layouts chosen for one row are very slow for others, this one is as quick for
-1 to 16 rows as one chosen for 16, or a little quicker."""
+"""The batch that the layout is chosen for; layouts chosen for one row are very slow for others, this one
+is as quick for 1 to 16 rows as one chosen for 16, or a little quicker."""
 _LEAST_WEIGHTS = 1 << 16
 """Below this the call costs more than the layout saves."""
 
