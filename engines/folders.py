@@ -10,12 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from tokenfleet.engines import models
 from tokenfleet.engines.base import EngineInfo
 from tokenfleet.engines.digests import folder_digest
 from tokenfleet.engines.media.settings import MediaSettings
 from tokenfleet.engines.options import ModelOptions
 from tokenfleet.wire.errors import ConfigurationError
+
+QUANTISED = "quantization_config"
+"""The entry of a config.json that says how its weights are packed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +126,9 @@ def has_processor(model: Path) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What a foreign error says, in a line; of pydantic's the last one, which has the reason."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    return lines[-1] if type(error).__name__ == "ValidationError" else lines[0]
+    """What a foreign error says, in a line; of pydantic's the reason, without what was given."""
+    text = str(error)
+    if isinstance(error, ValidationError):
+        text = error.errors(include_url=False, include_input=False, include_context=False)[0]["msg"]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[0].removeprefix("Value error, ") if lines else type(error).__name__

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenfleet.engines.base import EngineInfo
-from tokenfleet.engines.folders import Folders, first_line, is_classifier
+from tokenfleet.engines.folders import QUANTISED, Folders, first_line, is_classifier, read_json
 from tokenfleet.engines.options import MOST_ADAPTERS_AT_ONCE, quantised_by
 from tokenfleet.engines.rewards import RewardHead, find_value_head, no_rewards
 from tokenfleet.engines.rope import overridden
@@ -167,7 +167,8 @@ def _arguments(parts: _Parts, options: VllmOptions, *, is_v2: bool) -> dict[str,
         **options.vllm_config,
         "model": str(parts.model),
         "trust_remote_code": options.trust_remote_code,
-        "dtype": options.dtype_on(is_cpu=is_cpu),
+        # Kernels of quantised checkpoints take 16 bits only, on a CPU too.
+        "dtype": options.dtype_on(is_cpu=is_cpu and not read_json(parts.model / "config.json").get(QUANTISED)),
         "enforce_eager": options.vllm_enforce_eager,
         "max_num_seqs": options.max_batch_size,
         "generation_config": "vllm",  # a checkpoint's defaults must not change what a request means

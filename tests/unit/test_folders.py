@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from pydantic import BaseModel, ValidationError, field_validator
 
-from tokenfleet.engines.folders import eos_ids, is_classifier
+from tokenfleet.engines.folders import eos_ids, first_line, is_classifier
 
 
 def folder(path, **files):
@@ -33,3 +34,19 @@ def test_a_text_ends_by_the_generation_config_and_without_one_by_the_models(tmp_
 def test_a_classifier_is_told_by_its_architecture(tmp_path):
     assert not is_classifier(tmp_path)
     assert is_classifier(folder(tmp_path, config={"architectures": ["LlamaForSequenceClassification"]}))
+
+
+def test_a_foreign_error_is_told_in_its_first_line_and_pydantics_by_its_reason():
+    class Config(BaseModel):
+        dtype: str
+
+        @field_validator("dtype")
+        @classmethod
+        def _refused(cls, value: str) -> str:
+            raise ValueError(f"{value} is not supported.\nUse another.")
+
+    assert first_line(ValueError("\n no such file \n at all")) == "no such file"
+    assert first_line(KeyError()) == "KeyError"
+    with pytest.raises(ValidationError) as caught:
+        Config(dtype="float32")
+    assert first_line(caught.value) == "float32 is not supported."
