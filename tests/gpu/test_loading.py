@@ -7,6 +7,7 @@ from contextlib import aclosing, asynccontextmanager
 
 import pytest
 
+from tests.contract import packed_models
 from tests.contract.reference import log_softmax
 from tests.plain_models import plain_model
 from tokenfleet.engines.base import Sequence
@@ -75,6 +76,14 @@ async def test_a_model_quantised_at_load_still_knows(gpu, engine, way):
         text, likelihood = await answer(quantised)
     assert "Paris" in text
     assert likelihood > -1.0
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name != "transformers"])
+async def test_a_checkpoint_in_four_bits_is_the_model_of_its_rounded_weights(gpu, engine, method, tmp_path):
+    plain = packed_models.save(method, tmp_path)
+    async with loaded(engine, model_name_or_path=str(tmp_path), infer_dtype="float16") as packed:
+        assert max(await packed_models.gaps(packed, plain)) < packed_models.TOLERANCE
 
 
 @pytest.mark.parametrize("engine", [name for name in ENGINES if name != "transformers"])
