@@ -25,13 +25,14 @@ _ON_GPU: dict[str, dict[str, Any]] = {
         "infer_dtype": "float32",
     },
     "sglang": {
-        "sglang_maxlen": 4096, "sglang_mem_fraction": 0.25, "infer_dtype": "float16",
+        "sglang_maxlen": 4096, "sglang_mem_fraction": 0.6, "infer_dtype": "float16",
         "sglang_config": {
-            "attention_backend": "triton", "disable_prefill_cuda_graph": True, "cuda_graph_bs_decode": [1, 4, 8, 12],
+            "max_total_tokens": 1 << 16, "attention_backend": "triton", "disable_prefill_cuda_graph": True,
+            "cuda_graph_bs_decode": [1, 4, 8, 12],
         },
     },
 }  # fmt: skip
-"""Three workers share a card in the tests of kills. SGLang's other kernels take no part of the memory's tests."""
+"""Three workers share a card in the tests of kills; SGLang counts what the others take while it starts as its own."""
 _CORES = {"vllm": "VLLM::EngineCore", "sglang": "sglang::scheduler"}
 NAME = next((name for name in _OPTIONS if importlib.util.find_spec(name)), None)
 
