@@ -16,7 +16,7 @@ from tests.plain_models import plain_model
 from tests.processes import all_gone, on_this_machine
 from tokenfleet.wire.events import Delta
 
-pytestmark = [needs_one, pytest.mark.slow, pytest.mark.timeout(580)]
+pytestmark = [needs_one, pytest.mark.slow, pytest.mark.timeout(1200)]
 CPU_TOKENS, GPU_TOKENS = 300, 1000
 """Of each answer: some seconds, in which the kill falls."""
 CPU_TOLERANCE, GPU_TOLERANCE = 2e-3, 0.5
