@@ -177,6 +177,17 @@ async def test_a_value_head_scores_the_last_token_and_positions_stretch(tmp_path
         assert await engine.score(TEXTS[:1]) == near(expected[:1])
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+async def test_a_checkpoint_in_four_bits_is_the_model_of_its_rounded_weights(tmp_path, method):
+    from tests.contract import packed_models
+
+    plain, other = packed_models.save(method, tmp_path / "packed"), packed_models.save("awq", tmp_path / "other")
+    async with started(tmp_path / "packed", infer_dtype="auto") as engine:
+        assert max(await packed_models.gaps(engine, plain)) < packed_models.TOLERANCE
+        if method == "gptq":  # other roundings are told apart
+            assert max(await packed_models.gaps(engine, other)) > 10 * packed_models.TOLERANCE
+
+
 async def test_a_sequence_classifier_gives_its_own_score(tmp_path):
     import torch
     import transformers as hf
