@@ -7,8 +7,8 @@ Chats of one length (128 new tokens) and of mixed lengths (32 to 256), greedy, f
 slots as chats. Rounds alternate between the sides, so a busy machine slows both; CPU seconds, which it slows less, are
 printed beside the wall clock. Only tokens that a chat asked for count: a static batch goes on until its last is done.
 
-The static batch has a process of its own: where two threads of one process compute in turns, libgomp counts the
-threads of both, takes the machine for overbooked, and its helpers sleep between operations. A worker's don't.
+The static batch has a process of its own, as a worker has: the same steps took a fourth longer in a second computing
+thread of one process (docs/performance.md has a likely reason).
 """
 
 from __future__ import annotations
