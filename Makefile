@@ -42,7 +42,7 @@ $(READY): pyproject.toml $(LOCK)
 demo: $(READY) ## set up, start a local fleet with a real small model and watch it answer
 	@$(VENV)/bin/tokenfleet demo
 
-test: lint pytest ## set up, then everything CI runs: format, lint, types, import rules, all tests
+test: lint pytest ## set up, then format, lint, types, import rules, all tests; CI runs it and the two test-...-cpu
 
 lint: $(READY)
 	$(PY) -m ruff format --check .
@@ -99,7 +99,7 @@ $(VLLM_READY): pyproject.toml $(VLLM_PINS)
 	$(call WITHOUT_KERNELS,$(VLLM_VENV))
 	@touch $@
 
-test-vllm-cpu: $(VLLM_READY) ## the engines' contract and a real worker, on vLLM on this machine's CPU (not in `make test`)
+test-vllm-cpu: $(VLLM_READY) ## the engines' contract and a real worker, on vLLM on this machine's CPU (CI runs it, too)
 	@$(VLLM_VENV)/bin/python -W ignore -c 'import vllm' # or the tests would be skipped
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TOKENFLEET_CONTRACT_ENGINES=vllm \
 	  $(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS) -W default --session-timeout=$(SUITE_LIMIT_S) $(PYTEST_ARGS)
@@ -125,7 +125,7 @@ $(SGLANG_READY): pyproject.toml $(SGLANG_PINS)
 	$(call WITHOUT_KERNELS,$(SGLANG_VENV))
 	@touch $@
 
-test-sglang-cpu: $(SGLANG_READY) ## the engines' contract and a real worker, on SGLang on this machine's CPU (not in `make test`)
+test-sglang-cpu: $(SGLANG_READY) ## the engines' contract and a real worker, on SGLang on this machine's CPU (CI runs it, too)
 	@$(SGLANG_VENV)/bin/python -W ignore -c 'import sglang' # or the tests would be skipped
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TOKENFLEET_CONTRACT_ENGINES=sglang \
 	  $(SGLANG_VENV)/bin/python -m pytest $(SGLANG_TESTS) -W default --session-timeout=$(SUITE_LIMIT_S) $(PYTEST_ARGS)
