@@ -18,7 +18,7 @@ from tokenfleet.engines.sglang_engine.grammars import Grammars
 from tokenfleet.engines.sglang_engine.history import History
 from tokenfleet.engines.sglang_engine.params import KEY
 from tokenfleet.engines.sglang_engine.tensors import placed
-from tokenfleet.engines.sglang_engine.uniform import uniform
+from tokenfleet.engines.sglang_engine.uniform import inverse, streams, uniform
 
 _BACKEND = "pytorch"
 """The sampling backend in whose place ours comes (`loading`): with a name of its own it would be dropped on a CPU."""
@@ -92,7 +92,8 @@ class Batch:
         cuts = self._columns({"temperature": 1.0, "top_p": 1.0, "min_p": 0.0}, torch.float32)
         self._temperature, self._top_p, self._min_p = cuts
         whole = self._columns({"top_k": 0, "seed": 0, "prompt": 0, "delivered": 0}, torch.int64)
-        self._top_k, self._keys, self._prompts, self._least = whole
+        self._top_k, keys, self._prompts, self._least = whole
+        self._streams = streams(keys)
         self._bias = self._scatter([(p, i, v) for p, row in numbered for i, v in _pairs(row)])
         barred = [(p, i, row["min_tokens"]) for p, row in numbered if "barred" in row for i in row["barred"]]
         self._barred = self._scatter(barred)
@@ -103,13 +104,12 @@ class Batch:
         """Token ids ``[rows]`` for ``raw`` logits ``[rows, vocab]``, which are left as they are."""
         index = positions.long()[:, None] + 1 - self._prompts  # [rows, 1]: of the token to come, in its choice
         scores = self._scores(raw, index)
+        numbers = uniform(self._streams, index) if self._draws else None
+        if self._draws and self._draws[0][1] is None:
+            return self._draws[0][0](scores, slice(None), numbers)
         ids = scores.argmax(dim=-1)
-        numbers = uniform(self._keys, index) if self._draws else None
         for draw, places in self._draws:
-            if places is None:
-                ids = draw(scores, slice(None), numbers)
-            else:
-                ids[places] = draw(scores[places], places, numbers[places] if numbers is not None else None)
+            ids[places] = draw(scores[places], places, numbers[places] if numbers is not None else None)
         return ids
 
     def record(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
@@ -150,8 +150,8 @@ class Batch:
         return self._pick(self._cut(probabilities, rows), ids, numbers)
 
     def _draw_free(self, scores: torch.Tensor, rows: Any, numbers: Any) -> torch.Tensor:
-        scaled = (scores - scores.amax(dim=-1, keepdim=True)) / self._temperature[rows]
-        return _inverse(scaled.exp(), numbers)
+        weights = (scores - scores.amax(dim=-1, keepdim=True)).div_(self._temperature[rows]).exp_()
+        return inverse(weights, numbers)
 
     def _cut(self, probabilities: torch.Tensor, rows: Any) -> torch.Tensor:
         """Zero what top_p and min_p exclude; ``probabilities`` are in descending order."""
@@ -164,7 +164,7 @@ class Batch:
         # In the order of ids: sorted by probability, two near-equal candidates that swap places because another
         # batch rounded differently would change the outcome.
         ids, order = ids.sort(dim=-1)
-        place = _inverse(probabilities.gather(-1, order), numbers)
+        place = inverse(probabilities.gather(-1, order), numbers)
         return ids.gather(-1, place[:, None])[:, 0]
 
     def _index(self, places: Sequence[int]) -> torch.Tensor | None:
@@ -187,11 +187,3 @@ class Batch:
 
 def _pairs(row: Mapping[str, Any]) -> Any:
     return zip(row.get("bias_ids", ()), row.get("bias", ()), strict=True)
-
-
-def _inverse(weights: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """The place in each row of ``weights`` where its number in [0, 1) falls."""
-    cumulated = weights.double().cumsum(dim=-1)
-    total = cumulated[:, -1:]
-    target = torch.minimum(numbers * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulated, target, right=True)[:, 0].clamp(max=weights.shape[-1] - 1)

@@ -42,12 +42,12 @@ def test_a_format_that_reads_no_pickle_is_taken_and_another_one_when_allowed():
 
 def test_random_numbers_are_functions_of_key_and_index_and_look_like_chance():
     torch = pytest.importorskip("torch")
-    from tokenfleet.engines.sglang_engine.uniform import uniform
+    from tokenfleet.engines.sglang_engine.uniform import streams, uniform
 
     keys, index = torch.arange(100)[:, None], torch.arange(500)[None, :]
-    numbers = uniform(keys, index)
-    assert torch.equal(numbers, uniform(keys, index))
-    assert torch.equal(numbers[3:4, 7:9], uniform(torch.tensor([[3]]), torch.tensor([[7, 8]])))
+    numbers = uniform(streams(keys), index)
+    assert torch.equal(numbers, uniform(streams(keys), index))
+    assert torch.equal(numbers[3:4, 7:9], uniform(streams(torch.tensor([[3]])), torch.tensor([[7, 8]])))
     assert float(numbers.min()) >= 0
     assert float(numbers.max()) < 1
     assert numbers.unique().numel() == numbers.numel()
@@ -55,6 +55,25 @@ def test_random_numbers_are_functions_of_key_and_index_and_look_like_chance():
     assert float(((counts - 500) ** 2 / 500).sum()) < 160  # chi-square of 99: above this once in 10,000
     for other in (numbers.roll(1, 0), numbers.roll(1, 1)):  # neighbours know nothing of one another
         assert abs(float(torch.corrcoef(torch.stack([numbers.flatten(), other.flatten()]))[0, 1])) < 0.02
+
+
+@pytest.mark.parametrize("width", [1, 50, 256, 257, 5000, 49152])
+def test_a_number_picks_the_place_where_its_share_of_the_weights_is(width):
+    torch = pytest.importorskip("torch")
+    from tokenfleet.engines.sglang_engine.uniform import inverse
+
+    generator = torch.Generator().manual_seed(width)
+    weights = torch.randn(64, width, generator=generator).mul(4).exp()
+    weights[torch.rand(64, width, generator=generator) < 0.5] = 0
+    weights[:, width // 2] = 1
+    numbers = torch.rand(64, 1, generator=generator, dtype=torch.float64)
+    numbers[:4, 0] = torch.tensor([0, 2**-53, 1 - 2**-53, 0.5])
+    shares = weights.double().numpy().cumsum(axis=1) / weights.double().numpy().sum(axis=1, keepdims=True)
+    for row, place in enumerate(inverse(weights, numbers).tolist()):
+        number = float(numbers[row, 0])
+        assert weights[row, place] > 0
+        assert shares[row, place] > number - 1e-12
+        assert place == 0 or shares[row, place - 1] <= number + 1e-12
 
 
 def test_one_reader_gets_each_step_and_many_get_several_at_once(monkeypatch):
