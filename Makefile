@@ -108,8 +108,9 @@ test-vllm-cpu: $(VLLM_READY) ## the engines' contract and a real worker, on vLLM
 # sglang-cpu). tests/sglang_cpu stands in for its kernels; a .pth file shows it to all processes.
 SGLANG_VENV := .venv-sglang
 SGLANG_PINS := deploy/constraints/sglang-cpu.txt
-SGLANG_TESTS := tests/contract/test_engine_contract.py tests/contract/test_sglang.py tests/contract/test_engines_media.py \
-  tests/integration/test_engine_worker.py tests/integration/test_engines_media_worker.py tests/faults/test_engine_kills.py
+SGLANG_TESTS := tests/contract/test_engine_contract.py tests/contract/test_sglang.py tests/contract/test_sglang_draw.py \
+  tests/contract/test_engines_media.py tests/integration/test_engine_worker.py \
+  tests/integration/test_engines_media_worker.py tests/faults/test_engine_kills.py
 SGLANG_READY := $(SGLANG_VENV)/.tokenfleet-sglang-cpu
 
 setup-sglang-cpu: $(SGLANG_READY) ## make .venv-sglang with SGLang for a CPU, for tests (2 GB, some 3 minutes)

@@ -7,7 +7,7 @@ that `grammars` explains: SGLang prepares the next step while the GPU computes t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from tokenfleet.engines.sglang_engine import compat
 from tokenfleet.engines.sglang_engine.grammars import Grammars
 from tokenfleet.engines.sglang_engine.history import History
 from tokenfleet.engines.sglang_engine.params import KEY
-from tokenfleet.engines.sglang_engine.tensors import placed
-from tokenfleet.engines.sglang_engine.uniform import inverse, streams, uniform
+from tokenfleet.engines.sglang_engine.tensors import columns, placed
+from tokenfleet.engines.sglang_engine.torch_draw import TorchDraw
 
 _BACKEND = "pytorch"
 """The sampling backend in whose place ours comes (`loading`): with a name of its own it would be dropped on a CPU."""
@@ -50,11 +50,11 @@ class FleetSampler(Sampler):
     ) -> torch.Tensor:
         """``next_token_logits`` ``[rows, vocab]`` to token ids ``[rows]``; ``positions`` ``[rows]`` are those of the
         tokens that the logits follow. Writes logprobs of the model's own distribution to ``logits_output``."""
-        raw = logits_output.next_token_logits.float()
+        raw = logits_output.next_token_logits
         batch = self._batch_of(sampling_info.fleet_rows, raw)
         ids = batch.sample(raw, positions)
         if return_logprob:
-            logprobs = torch.log_softmax(raw, dim=-1)
+            logprobs = torch.log_softmax(raw.float(), dim=-1)
             found = self.output_logprob_processor.compute_logprobs(logprobs, top_logprobs_nums, token_ids_logprobs, ids)
             found.write_output_to(logits_output)
         self._sync_token_ids_across_tp(ids, sampling_info)
@@ -76,24 +76,9 @@ class Batch:
         self.rows: list[Mapping[str, Any]] = [row if KEY in row else {} for row in source]
         self._vocab_size, self._device = vocab_size, device
         rows, numbered = self.rows, list(enumerate(self.rows))
-        sampled = [place for place, row in numbered if "seed" in row]
-        has_top_k = {place for place in sampled if 0 < rows[place]["top_k"] < vocab_size}
-        has_cut = {place for place in sampled if rows[place]["top_p"] < 1 or rows[place]["min_p"] > 0}
-        self._most_top_k = max((rows[place]["top_k"] for place in has_top_k), default=0)
-        self._draws = [
-            (draw, self._index(places))
-            for draw, places in (
-                (self._draw_top_k, [place for place in sampled if place in has_top_k]),
-                (self._draw_nucleus, [place for place in sampled if place in has_cut - has_top_k]),
-                (self._draw_free, [place for place in sampled if place not in has_cut | has_top_k]),
-            )
-            if places
-        ]
-        cuts = self._columns({"temperature": 1.0, "top_p": 1.0, "min_p": 0.0}, torch.float32)
-        self._temperature, self._top_p, self._min_p = cuts
-        whole = self._columns({"top_k": 0, "seed": 0, "prompt": 0, "delivered": 0}, torch.int64)
-        self._top_k, keys, self._prompts, self._least = whole
-        self._streams = streams(keys)
+        whole = columns(rows, {"prompt": 0, "delivered": 0}, torch.int64, device)
+        self._prompts, self._least = whole.split(1, dim=1)
+        self._draw = _drawing(device)(rows, vocab_size, device)
         self._bias = self._scatter([(p, i, v) for p, row in numbered for i, v in _pairs(row)])
         barred = [(p, i, row["min_tokens"]) for p, row in numbered if "barred" in row for i in row["barred"]]
         self._barred = self._scatter(barred)
@@ -102,15 +87,7 @@ class Batch:
 
     def sample(self, raw: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Token ids ``[rows]`` for ``raw`` logits ``[rows, vocab]``, which are left as they are."""
-        index = positions.long()[:, None] + 1 - self._prompts  # [rows, 1]: of the token to come, in its choice
-        scores = self._scores(raw, index)
-        numbers = uniform(self._streams, index) if self._draws else None
-        if self._draws and self._draws[0][1] is None:
-            return self._draws[0][0](scores, slice(None), numbers)
-        ids = scores.argmax(dim=-1)
-        for draw, places in self._draws:
-            ids[places] = draw(scores[places], places, numbers[places] if numbers is not None else None)
-        return ids
+        return self._draw(self._scores(raw, positions), positions)
 
     def record(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
         """``ids`` ``[rows]`` are what came of it, but for rows whose prompt isn't read to its end yet."""
@@ -119,11 +96,11 @@ class Batch:
             self._history.record(ids, is_new)
             self._grammars.record(ids, is_new)
 
-    def _scores(self, raw: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    def _scores(self, raw: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """``raw`` after bias, penalties, bars and grammars: what greedy maximises."""
         if self._bias is None and self._barred is None and not (self._history.is_needed or self._grammars.is_needed):
             return raw
-        scores = raw.clone()
+        scores = raw.to(torch.float32, copy=True)
         if self._bias is not None:
             rows, ids, values = self._bias
             scores.index_put_((rows, ids), values, accumulate=True)
@@ -131,50 +108,12 @@ class Batch:
         unbarred = scores
         if self._barred is not None:
             rows, ids, least = self._barred
+            index = positions.long() + 1 - self._prompts[:, 0]  # of the token to come, in its choice
             if self._grammars.is_needed:
                 unbarred = scores.clone()
-            scores[rows, ids] = torch.where(index[rows, 0] < least, -torch.inf, scores[rows, ids])
+            scores[rows, ids] = torch.where(index[rows] < least, -torch.inf, scores[rows, ids])
         self._grammars.apply(scores, unbarred)
         return scores
-
-    def _draw_top_k(self, scores: torch.Tensor, rows: Any, numbers: Any) -> torch.Tensor:
-        top_k = self._top_k[rows]
-        values, ids = scores.topk(self._most_top_k, dim=-1)
-        values = values.masked_fill(torch.arange(values.shape[-1], device=values.device) >= top_k, -torch.inf)
-        probabilities = torch.softmax((values - values[:, :1]) / self._temperature[rows], dim=-1)
-        return self._pick(self._cut(probabilities, rows), ids, numbers)
-
-    def _draw_nucleus(self, scores: torch.Tensor, rows: Any, numbers: Any) -> torch.Tensor:
-        scaled = (scores - scores.amax(dim=-1, keepdim=True)) / self._temperature[rows]
-        probabilities, ids = torch.softmax(scaled, dim=-1).sort(dim=-1, descending=True)
-        return self._pick(self._cut(probabilities, rows), ids, numbers)
-
-    def _draw_free(self, scores: torch.Tensor, rows: Any, numbers: Any) -> torch.Tensor:
-        weights = (scores - scores.amax(dim=-1, keepdim=True)).div_(self._temperature[rows]).exp_()
-        return inverse(weights, numbers)
-
-    def _cut(self, probabilities: torch.Tensor, rows: Any) -> torch.Tensor:
-        """Zero what top_p and min_p exclude; ``probabilities`` are in descending order."""
-        before = probabilities.cumsum(dim=-1) - probabilities
-        kept = (before < self._top_p[rows]) & (probabilities >= self._min_p[rows] * probabilities[:, :1])
-        kept[:, 0] = True
-        return probabilities * kept
-
-    def _pick(self, probabilities: torch.Tensor, ids: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-        # In the order of ids: sorted by probability, two near-equal candidates that swap places because another
-        # batch rounded differently would change the outcome.
-        ids, order = ids.sort(dim=-1)
-        place = inverse(probabilities.gather(-1, order), numbers)
-        return ids.gather(-1, place[:, None])[:, 0]
-
-    def _index(self, places: Sequence[int]) -> torch.Tensor | None:
-        """None for all rows."""
-        return None if len(places) == len(self.rows) else placed(places, torch.int64, self._device)
-
-    def _columns(self, defaults: Mapping[str, float], dtype: torch.dtype) -> list[torch.Tensor]:
-        """A tensor ``[rows, 1]`` for each name."""
-        values = [[row.get(name, value) for name, value in defaults.items()] for row in self.rows]
-        return list(placed(values, dtype, self._device).split(1, dim=1))
 
     def _scatter(self, entries: list[tuple[int, int, float]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         entries = [entry for entry in entries if entry[1] < self._vocab_size]
@@ -183,6 +122,14 @@ class Batch:
         rows, ids, values = zip(*entries, strict=True)
         place = torch.int64, self._device
         return placed(rows, *place), placed(ids, *place), placed(values, torch.float32, self._device)
+
+
+def _drawing(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return TorchDraw
+    from tokenfleet.engines.sglang_engine.triton_draw import TritonDraw
+
+    return TritonDraw
 
 
 def _pairs(row: Mapping[str, Any]) -> Any:

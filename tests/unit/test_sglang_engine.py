@@ -60,7 +60,7 @@ def test_random_numbers_are_functions_of_key_and_index_and_look_like_chance():
 @pytest.mark.parametrize("width", [1, 50, 256, 257, 5000, 49152])
 def test_a_number_picks_the_place_where_its_share_of_the_weights_is(width):
     torch = pytest.importorskip("torch")
-    from tokenfleet.engines.sglang_engine.uniform import inverse
+    from tokenfleet.engines.sglang_engine.torch_draw import inverse
 
     generator = torch.Generator().manual_seed(width)
     weights = torch.randn(64, width, generator=generator).mul(4).exp()
