@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from tokenfleet.engines.detokenizer import PER_BYTE, ByteStream, WindowStream, token_text
+from tokenfleet.engines.templates.tokens import encode_whole
 from tokenfleet.engines.tokenizer import TextStream
 
 
@@ -51,7 +52,7 @@ class HFTokenizer:
 
     def encode(self, text: str) -> list[int]:
         if self._backend is not None:
-            return list(self._backend.encode(text, add_special_tokens=False).ids)
+            return encode_whole(self._backend, text)
         return list(self.inner.encode(text, add_special_tokens=False))
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

@@ -35,6 +35,18 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     if backend is None or getattr(tokenizer, "split_special_tokens", False):
         return list(tokenizer.encode(text, add_special_tokens=False))
     # The same ids; the library's own wrapper sets truncation on the shared backend, which threads can't do at once.
+    return encode_whole(backend, text)
+
+
+def encode_whole(backend: Any, text: str) -> list[int]:
+    """Ids of all of ``text``, by a `tokenizers.Tokenizer`.
+
+    ``tokenizer.json`` keeps how texts were cut and filled up when it was saved (in a trainer's batches, mostly), which
+    would shorten prompts, and texts to be scored, without a word."""
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
     return list(backend.encode(text, add_special_tokens=False).ids)
 
 

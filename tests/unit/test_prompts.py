@@ -395,6 +395,26 @@ def test_raw_prompts_bypass_templates() -> None:
         assert caught.value.details["param"] == "prompt"
 
 
+@pytest.mark.parametrize("template", ["qwen3", None])
+def test_a_tokenizer_saved_by_a_trainer_cuts_no_prompt_and_fills_none_up(template: str | None) -> None:
+    transformers = pytest.importorskip("transformers", reason="comes with an engine's extra")
+    from tests.small_tokenizers import byte_level
+    from tokenfleet.engines.hf_tokenizer import HFTokenizer
+
+    whole, saved = (transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level()) for _ in range(2))
+    saved.backend_tokenizer.enable_truncation(max_length=8)
+    saved.backend_tokenizer.enable_padding(length=512, pad_id=1, pad_token="</s>")
+    request = ChatRequest(messages=[{"role": "user", "content": "The quick brown fox jumps over the lazy dog."}])
+    for tokenizer in (whole, saved):
+        tokenizer.chat_template = CHATML
+    expected = render(request, whole, load_template(template, whole))
+    assert 20 < len(expected.ids) < 512
+    assert render(request, saved, load_template(template, saved)).ids == expected.ids
+    saved.backend_tokenizer.enable_truncation(max_length=8)
+    saved.backend_tokenizer.enable_padding(length=512)
+    assert 8 < len(HFTokenizer(saved).encode("The quick brown fox jumps over the lazy dog.")) < 512
+
+
 # --- the sandbox -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     "source",
