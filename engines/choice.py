@@ -49,6 +49,8 @@ class ChoiceText:
         stop: Sequence[str] = (),
         visible_ids: frozenset[int] = frozenset(),
     ) -> None:
+        # A special token that is a stop string, written out, would pass unseen if its text were left out.
+        visible_ids |= {number for word in params.stop if (number := tokenizer.special_id(word)) is not None}
         self._choice = choice
         self._tokenizer = tokenizer
         self._stream = tokenizer.decode_stream(skip_special_tokens=params.skip_special_tokens, visible_ids=visible_ids)

@@ -12,6 +12,8 @@ import torch
 from tokenfleet.wire.chat import ResponseFormat
 from tokenfleet.wire.errors import ConfigurationError, EngineError, InvalidRequest
 
+_REASON_CHARS = 300
+
 
 class TokenGrammar:
     """The state of one sequence in its grammar. Ends by allowing nothing but what ends a text."""
@@ -64,9 +66,10 @@ class GrammarCompiler:
         try:
             matcher = llguidance.LLMatcher(self._vocabulary, _definition(wanted, llguidance), log_level=0)
         except (ValueError, TypeError) as error:
-            raise InvalidRequest(f"response_format can't be used: {error}", param="response_format") from error
+            reason = str(error)[:_REASON_CHARS]
+            raise InvalidRequest(f"response_format can't be used: {reason}", param="response_format") from error
         if matcher.is_error():
-            reason = matcher.get_error().strip().splitlines()[0]
+            reason = matcher.get_error().strip().splitlines()[0][:_REASON_CHARS]  # it may quote a pattern of any size
             raise InvalidRequest(f"response_format can't be used: {reason}", param="response_format")
         grammar = TokenGrammar(matcher, self._vocab_size, self._vocabulary.eos_token, stop_ids)
         for token in delivered_ids:
@@ -81,12 +84,7 @@ def _definition(wanted: ResponseFormat, llguidance: Any) -> str:
         case "json_schema":
             if wanted.json_schema is None:
                 raise ValueError("json_schema is missing.")
-            # OpenAI's form wraps the schema: {"name": ..., "schema": {...}}.
-            schema = wanted.json_schema
-            inner = schema.get("schema")
-            if isinstance(inner, dict) and "name" in schema and "type" not in schema:
-                schema = inner
-            return str(llguidance.grammar_from("json_schema", json.dumps(schema)))
+            return str(llguidance.grammar_from("json_schema", json.dumps(wanted.json_schema)))
         case "regex":
             if wanted.pattern is None:
                 raise ValueError("pattern is missing.")

@@ -31,10 +31,13 @@ class HFTokenizer:
         self.eos_ids = frozenset(eos_ids) or frozenset(() if own_eos is None else (own_eos,))
         self.vocab_size = self._backend.get_vocab_size() if self._backend is not None else len(inner)
         self._bytes: _TokenBytes | None = None
-        self._special: frozenset[int] = frozenset()
-        if self._backend is not None:
+        if self._backend is None:
+            self._special_ids = dict(zip(inner.all_special_tokens, inner.all_special_ids, strict=True))
+        else:
             added = self._backend.get_added_tokens_decoder()
-            self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+            self._special_ids = {token.content: token_id for token_id, token in added.items() if token.special}
+        self._special = frozenset(self._special_ids.values())
+        if self._backend is not None:
             tokens = _TokenBytes.of(self._backend)
             if tokens is not None and self._is_exact(tokens):
                 self._bytes = tokens
@@ -66,6 +69,9 @@ class HFTokenizer:
         if self._backend is not None:
             return self._backend.id_to_token(token_id) or ""
         return str(self.inner.convert_ids_to_tokens(token_id) or "")
+
+    def special_id(self, word: str) -> int | None:
+        return self._special_ids.get(word)
 
     def decode_stream(
         self, *, skip_special_tokens: bool = True, visible_ids: frozenset[int] = frozenset()

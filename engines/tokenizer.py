@@ -43,6 +43,10 @@ class Tokenizer(Protocol):
         """One token for logprobs. Bytes that are no whole character read ``bytes:\\xf0\\x9f``, as OpenAI's do."""
         ...
 
+    def special_id(self, word: str) -> int | None:
+        """The id of the special token that is written ``word``; None if there is none."""
+        ...
+
     def decode_stream(
         self, *, skip_special_tokens: bool = True, visible_ids: frozenset[int] = frozenset()
     ) -> TextStream:

@@ -18,6 +18,7 @@ from tokenfleet.producer.media import ARGUMENTS, Taken, has_media, take
 from tokenfleet.producer.media_kinds import Kind
 from tokenfleet.producer.media_sources import bytes_of
 from tokenfleet.producer.overview import Overview, overview
+from tokenfleet.producer.reading import ChoiceReader
 from tokenfleet.wire import urls
 from tokenfleet.wire.chat import ChatRequest, MediaPart, ScoreRequest
 from tokenfleet.wire.errors import (
@@ -35,6 +36,7 @@ from tokenfleet.wire.ledger import Ledger, translated
 from tokenfleet.wire.media import MediaSettings, MediaStore, media_entries
 from tokenfleet.wire.requests import Messages, chat_request, check_size, score_request
 from tokenfleet.wire.results import ChatResult
+from tokenfleet.wire.toolcalls import ParsedDelta
 
 T = TypeVar("T")
 
@@ -59,6 +61,10 @@ class AsyncStream:
         self._batch: list[tuple[int, AnyEvent]] = []
         self._ended = False
         self.cursor = after
+
+    @property
+    def job_id(self) -> str:
+        return self._job.id
 
     async def __aenter__(self) -> Self:
         if self._follower is None and not self._ended:
@@ -110,6 +116,15 @@ class AsyncStream:
             if piece := piece_of(event, choice):
                 yield piece
 
+    async def parsed(self, choice: int = 0) -> AsyncGenerator[ParsedDelta, None]:
+        """One choice as it is written, taken apart: `ContentDelta`, `ReasoningDelta`, `ToolCallDelta` (wire.toolcalls).
+        Raises the job's error if it does not finish, `InvalidRequest` for a stream that began after the job did."""
+        reader = ChoiceReader(self.job_id, choice, self.cursor)
+        async for event in self:
+            for delta in reader.add(event):
+                yield delta
+            raise_for(event)
+
 
 class AsyncJob:
     """A submitted job. Its ``id`` is all that another process needs: ``client.job(id)``."""
@@ -131,6 +146,12 @@ class AsyncJob:
         async with self.stream() as stream, contextlib.aclosing(stream.text(choice)) as pieces:
             async for piece in pieces:
                 yield piece
+
+    async def parsed(self, choice: int = 0) -> AsyncGenerator[ParsedDelta, None]:
+        """The answer as it is written, taken apart into content, thoughts and tool calls."""
+        async with self.stream() as stream, contextlib.aclosing(stream.parsed(choice)) as deltas:
+            async for delta in deltas:
+                yield delta
 
     async def result(self, timeout: float | None = None) -> ChatResult:
         """Wait for the whole answer. Raises the job's error, or `TimeoutError` after ``timeout`` seconds (the job goes

@@ -9,16 +9,18 @@ from collections.abc import Coroutine, Generator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from tokenfleet.producer.aio import AsyncClient, AsyncJob, AsyncStream, piece_of
+from tokenfleet.producer.aio import AsyncClient, AsyncJob, AsyncStream, piece_of, raise_for
 from tokenfleet.producer.deadletters import DeadLetter
 from tokenfleet.producer.media_kinds import Kind
 from tokenfleet.producer.overview import Overview
+from tokenfleet.producer.reading import ChoiceReader
 from tokenfleet.wire.chat import ChatRequest, MediaPart, ScoreRequest
 from tokenfleet.wire.events import AnyEvent
 from tokenfleet.wire.jobs import JobOptions, JobStatus, ServedModel, State
 from tokenfleet.wire.media import MediaSettings
 from tokenfleet.wire.requests import Messages
 from tokenfleet.wire.results import ChatResult
+from tokenfleet.wire.toolcalls import ParsedDelta
 
 T = TypeVar("T")
 
@@ -106,6 +108,13 @@ class JobStream:
             if piece := piece_of(event, choice):
                 yield piece
 
+    def parsed(self, choice: int = 0) -> Generator[ParsedDelta, None, None]:
+        """One choice as it is written, taken apart; see `AsyncStream.parsed`."""
+        reader = ChoiceReader(self._stream.job_id, choice, self.cursor)
+        for event in self:
+            yield from reader.add(event)
+            raise_for(event)
+
 
 class Job:
     """A submitted job; see `AsyncJob`."""
@@ -134,6 +143,11 @@ class Job:
         """The answer's text as it is written."""
         with self.stream() as stream:
             yield from stream.text(choice)
+
+    def parsed(self, choice: int = 0) -> Generator[ParsedDelta, None, None]:
+        """The answer as it is written, taken apart into content, thoughts and tool calls."""
+        with self.stream() as stream:
+            yield from stream.parsed(choice)
 
     def result(self, timeout: float | None = None) -> ChatResult:
         """Wait for the whole answer. Raises the job's error, or `TimeoutError` after ``timeout`` seconds."""

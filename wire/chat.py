@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+_LEAST_TEMPERATURE = 1e-6
+"""Below it only logits would share the draw that differ by less than float32 can tell; and 0/0 is not far."""
 
 
 def _strings(stop: Any) -> Any:
@@ -79,20 +81,48 @@ class Message(_Wire):
         return "".join(part.text for part in self.content if isinstance(part, TextPart))
 
 
+_WRAPPER = frozenset({"name", "description", "schema", "strict"})
+
+
+def _unwrapped(schema: Any) -> Any:
+    """The schema itself, out of OpenAI's ``{"name": ..., "schema": {...}}`` if it is in one."""
+    if not isinstance(schema, dict) or "type" in schema:
+        return schema
+    if isinstance(schema.get("schema"), dict) and ("name" in schema or schema.keys() <= _WRAPPER):
+        return schema["schema"]
+    if "name" in schema and schema.keys() <= _WRAPPER:
+        raise ValueError("schema, a JSON schema, is missing beside the name")
+    return schema
+
+
 class ResponseFormat(_Wire):
-    """Constrains the output: any JSON object, a JSON schema, a regular expression, or a grammar (EBNF)."""
+    """Constrains the output: any JSON object, a JSON schema, a regular expression, or a grammar (EBNF).
+
+    The field that the type is about must be there, and no other may be: it would be ignored."""
 
     type: Literal["text", "json_object", "json_schema", "regex", "grammar"] = "text"
     # Aliased: a pydantic model may not have a field called "schema".
-    json_schema: dict[str, Any] | None = None
+    json_schema: Annotated[dict[str, Any] | None, BeforeValidator(_unwrapped)] = None
     pattern: str | None = None
     grammar: str | None = None
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Self:
+        needed = {"json_schema": "json_schema", "regex": "pattern", "grammar": "grammar"}.get(self.type)
+        for name in ("json_schema", "pattern", "grammar"):
+            is_there = getattr(self, name) is not None
+            if is_there and name != needed:
+                raise ValueError(f"{name} is of no use with the type {self.type}")
+            if name == needed and not is_there:
+                raise ValueError(f"{name} is missing")
+        return self
 
 
 class GenerationParams(_Wire):
     """How to generate. Unknown names are refused; so are NaN and infinite numbers.
 
-    ``do_sample=False`` and ``temperature=0`` both mean greedy. ``top_k <= 0`` switches top-k off, ``top_p=1`` top-p.
+    ``do_sample=False``, ``temperature=0`` and ``top_p=0`` all mean greedy. ``top_k <= 0`` switches top-k off, and
+    ``top_p=1`` top-p.
     The penalties count the delivered tokens (presence, frequency) or prompt and delivered tokens (repetition), as
     in transformers and OpenAI's API. ``seed`` makes a request reproducible whatever runs beside it; choice i of n
     uses a seed derived from it. ``min_tokens`` bars EOS and stop tokens until that many tokens are out.
@@ -101,7 +131,7 @@ class GenerationParams(_Wire):
 
     do_sample: bool = True
     temperature: Annotated[Finite, Field(ge=0, le=100)] = 0.95
-    top_p: Annotated[Finite, Field(gt=0, le=1)] = 0.7
+    top_p: Annotated[Finite, Field(ge=0, le=1)] = 0.7
     top_k: int = Field(50, ge=-1)
     min_p: Annotated[Finite, Field(ge=0, le=1)] = 0.0
     num_beams: int = Field(1, ge=1, le=32)
@@ -135,7 +165,7 @@ class GenerationParams(_Wire):
 
     @property
     def is_greedy(self) -> bool:
-        return not self.do_sample or self.temperature == 0
+        return not self.do_sample or self.temperature < _LEAST_TEMPERATURE or self.top_p == 0
 
 
 class ChatRequest(_Wire):

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from tokenfleet.wire.events import ChoiceFinished, Delta, TokenLogprob, Usage
+from tokenfleet.wire.toolcalls import Parsed, choice_key, parse
 
 
 class Choice(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -45,6 +46,12 @@ class ChatResult(msgspec.Struct, frozen=True, omit_defaults=True):
     def text(self) -> str:
         """The first choice's text."""
         return self.choices[0].text if self.choices else ""
+
+    def parsed(self, choice: int = 0) -> Parsed:
+        """One choice taken apart into content, thoughts and tool calls, as its model's family writes them. Ids of
+        calls are the same for every reader, gateways included."""
+        found = next(each for each in self.choices if each.index == choice)
+        return parse(found.text, self.parser, key=choice_key(self.job_id, choice), reason=found.finish_reason)
 
 
 class ChoiceBuilder:

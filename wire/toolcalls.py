@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from tokenfleet.wire.chat import FinishReason, FunctionCall, ToolCall
+from tokenfleet.wire.chat import FunctionCall, Message, ToolCall
 from tokenfleet.wire.toolformats import READERS, Awaited, Begun, Calls, ForcedCalls, NoCall, Reader
 
 
@@ -45,16 +45,30 @@ ParsedDelta = ContentDelta | ReasoningDelta | ToolCallDelta
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """A whole answer. ``content`` is None if there is none beside calls."""
+    """A whole answer. ``content`` is None if there is none beside calls; ``finish_reason`` is OpenAI's: ``tool_calls``
+    where they are why it stopped."""
 
     content: str | None
     reasoning: str | None
     tool_calls: tuple[ToolCall, ...]
+    finish_reason: str = ""
+
+    @property
+    def message(self) -> Message:
+        """The answer as the next request's messages have it; one of role ``tool`` for each call is to follow."""
+        return Message(
+            role="assistant", content=self.content, reasoning_content=self.reasoning, tool_calls=self.tool_calls
+        )
 
 
 def call_id(key: str, index: int) -> str:
     """The same for every reader of a choice; ``key`` is best the job's id and the choice's number."""
     return "call_" + hashlib.blake2b(f"{key}:{index}".encode(), digest_size=12).hexdigest()
+
+
+def choice_key(job_id: str, choice: int) -> str:
+    """A `call_id`'s key."""
+    return f"{job_id}:{choice}"
 
 
 class ToolParser:
@@ -109,7 +123,7 @@ class ToolParser:
         self._prefix = ""
         return list(self._run(is_final=True))
 
-    def finish_reason(self, reason: FinishReason) -> FinishReason:
+    def finish_reason(self, reason: str) -> str:
         is_cut = self._forced is not None and self._forced.is_cut  # by a stop string of the caller's
         return "tool_calls" if reason == "stop" and self._calls and not is_cut else reason
 
@@ -237,10 +251,11 @@ def _begun(text: str, marks: tuple[str, ...]) -> int:
     return 0
 
 
-def parse(text: str, parser: Mapping[str, Any], *, key: str = "") -> Parsed:
-    """The whole of ``text`` at once."""
+def parse(text: str, parser: Mapping[str, Any], *, key: str = "", reason: str = "") -> Parsed:
+    """The whole of ``text`` at once; ``reason`` is why the engine stopped."""
     machine = ToolParser(parser, key=key)
-    return assemble([*machine.feed(text), *machine.close()])
+    found = assemble([*machine.feed(text), *machine.close()])
+    return replace(found, finish_reason=machine.finish_reason(reason))
 
 
 def assemble(deltas: list[ParsedDelta]) -> Parsed:

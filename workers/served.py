@@ -122,7 +122,7 @@ class Served:
             params=params,
             max_new_tokens=resolve_max_new_tokens(request.params, prompt.tokens, info.context_tokens),
             eos_ids=self.loaded.tokenizer.eos_ids | info.eos_ids | frozenset(prompt.stop_token_ids),
-            stop=prompt.stop_strings,
+            stop=() if params.ignore_eos else prompt.stop_strings,  # they stand for EOS
             visible_ids=frozenset(prompt.visible_ids),
             adapter=request.adapter,
             media=media,
@@ -149,8 +149,13 @@ class Served:
 
 def _forced(params: GenerationParams, prompt: RenderedPrompt, engine: str) -> tuple[GenerationParams, dict[str, Any]]:
     """A forced call's arguments follow their schema on every engine that can be held to a grammar. Also the parser of
-    the answer, which knows whether they do."""
-    if not prompt.grammar or "response_format" in REFUSED[engine] or params.response_format.type != "text":
-        return params, {key: value for key, value in prompt.parser.items() if key != "forced"}
-    wanted = ResponseFormat(type="grammar", grammar=prompt.grammar)
-    return params.model_copy(update={"response_format": wanted}), dict(prompt.parser)
+    the answer, which knows whether they do.
+
+    ``response_format`` is about content, and such an answer has none."""
+    if "prefix" not in prompt.parser:
+        return params, dict(prompt.parser)
+    wanted = ResponseFormat()
+    parser = {key: value for key, value in prompt.parser.items() if key != "forced"}
+    if prompt.grammar and "response_format" not in REFUSED[engine]:
+        wanted, parser = ResponseFormat(type="grammar", grammar=prompt.grammar), dict(prompt.parser)
+    return params.model_copy(update={"response_format": wanted}), parser

@@ -74,6 +74,9 @@ class ScriptedTokenizer:
     def token_text(self, token_id: int) -> str:
         return token_text(_TABLE[token_id])
 
+    def special_id(self, word: str) -> int | None:
+        return EOS + SPECIAL.index(word) if word in SPECIAL else None
+
     def decode_stream(
         self, *, skip_special_tokens: bool = True, visible_ids: frozenset[int] = frozenset()
     ) -> ByteStream:

@@ -20,9 +20,6 @@ from tokenfleet.engines.vllm_engine.steps import StepReader
 from tokenfleet.engines.warming import warm_up
 from tokenfleet.wire.errors import ContextLengthExceeded, EngineDead, InvalidRequest
 
-_MOST_BIASES = 1024
-"""vLLM's model runner V2 has room for no more (vllm/v1/worker/gpu/sample/logit_bias.py), and fails all with one."""
-
 
 class VllmEngine(ModelEngine[LoadedVllm]):
     """A causal language model in vLLM's engine core, a child process. See `engines.base.Engine`.
@@ -66,10 +63,7 @@ class VllmEngine(ModelEngine[LoadedVllm]):
             return
         check_sequence(self.info, sequence)
         params = sequence.params
-        if len(params.logit_bias) > _MOST_BIASES:
-            raise InvalidRequest(f"logit_bias has more than {_MOST_BIASES} tokens.", param="logit_bias")
-        if sequence.delivered_ids:
-            await self._grammar(sequence)  # `extras.Guides` does the same in the core, where an error would end it
+        await self._grammar(sequence)  # `extras.Guides` does the same in the core, where an error would end it
         request_id = f"{sequence.sequence_id}-{next(self._numbers)}"  # an aborted sequence's may come again at once
         core, reader = self._started.engine.engine_core, self._steps_reader
         request = self._request(

@@ -26,7 +26,8 @@ def extras_of(params: SamplingParams) -> Mapping[str, Any]:
 
 @dataclass(slots=True)
 class History:
-    """Penalties that count the ids delivered by earlier attempts, and stop ids barred until min_tokens are out.
+    """Penalties that count the ids delivered by earlier attempts, stop ids barred until min_tokens are out, and more
+    biases than vLLM has room for.
 
     vLLM counts presence and frequency over the request's own new ids, and takes EOS for a stop id even where a
     request ignores it."""
@@ -39,13 +40,16 @@ class History:
     prompt_ids: list[int] = field(default_factory=list)
     """All ids that were there before this attempt."""
     delivered: Counter[int] = field(default_factory=Counter)
+    bias_ids: list[int] = field(default_factory=list)
+    bias: list[float] = field(default_factory=list)
 
     @classmethod
     def of(cls, params: SamplingParams, prompt_ids: list[int]) -> History | None:
         extras = extras_of(params)
-        if "barred" not in extras and "repetition" not in extras:
+        if not extras.keys() & {"barred", "repetition", "bias"}:
             return None
         history = cls(extras.get("barred", []), extras.get("barred_until", 0))
+        history.bias_ids, history.bias = extras.get("bias_ids", []), extras.get("bias", [])
         if "repetition" in extras:
             history.repetition = extras["repetition"]
             history.presence, history.frequency = extras["presence"], extras["frequency"]
@@ -54,7 +58,10 @@ class History:
         return history
 
     def apply(self, scores: torch.Tensor, output_ids: Sequence[int]) -> None:
-        """Change one row ``[vocab]`` in place: repetition, then frequency and presence, then bars, as everywhere."""
+        """Change one row ``[vocab]`` in place: biases, repetition, frequency and presence, then bars, as everywhere."""
+        if self.bias:
+            biases = torch.tensor(self.bias, dtype=scores.dtype, device=scores.device)
+            scores[torch.tensor(self.bias_ids, device=scores.device)] += biases
         if self.repetition != 1:
             seen = torch.tensor(sorted({*self.prompt_ids, *output_ids}), device=scores.device)
             values = scores[seen]
@@ -74,9 +81,9 @@ class History:
 
 @dataclass(slots=True)
 class Guide:
-    """Holds an answer that goes on after a takeover to its grammar, which has read the delivered ids.
+    """Holds an answer to its grammar, which has read the delivered ids.
 
-    vLLM's own structured output begins a grammar anew with each request; it does all the others."""
+    vLLM's own structured output does that for most; see `params` for the others."""
 
     grammar: TokenGrammar
     read: int = 0

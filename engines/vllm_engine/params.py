@@ -19,6 +19,8 @@ from tokenfleet.wire.errors import InvalidRequest
 
 # vLLM lifts lower temperatures to the one and refuses higher ones than the other (vllm/sampling_params.py).
 _LEAST_TEMPERATURE, _MOST_TEMPERATURE = 0.01, 2.0
+_MOST_BIASES = 1024
+"""vLLM's model runner V2 has room for no more (vllm/v1/worker/gpu/sample/logit_bias.py), and fails all with one."""
 
 
 def sampling_params(sequence: Sequence, tokenizer: Mapping[str, Any]) -> SamplingParams:
@@ -30,6 +32,10 @@ def sampling_params(sequence: Sequence, tokenizer: Mapping[str, Any]) -> Samplin
     extras: dict[str, Any] = {}
     if params.min_tokens > delivered and stop_ids:
         extras |= {"barred": stop_ids, "barred_until": params.min_tokens - delivered}
+    bias = dict(params.logit_bias)
+    if len(bias) > _MOST_BIASES:
+        extras |= {"bias_ids": list(bias), "bias": list(bias.values())}
+        bias = {}
     penalties = {
         "repetition_penalty": params.repetition_penalty,
         "presence_penalty": params.presence_penalty,
@@ -42,7 +48,8 @@ def sampling_params(sequence: Sequence, tokenizer: Mapping[str, Any]) -> Samplin
         penalties = {}
     cuts = {} if params.is_greedy else _cuts(params)
     structured: Mapping[str, Any] = {}
-    if delivered and params.response_format.type != "text":
+    if params.response_format.type != "text" and (delivered or params.logprobs or params.ignore_eos):
+        # vLLM's own begins anew, is in its logprobs already, and lets any text follow an EOS that doesn't end one.
         extras |= {"response_format": params.response_format.model_dump(mode="json"), "delivered": delivered}
         extras |= tokenizer
     else:
@@ -58,7 +65,7 @@ def sampling_params(sequence: Sequence, tokenizer: Mapping[str, Any]) -> Samplin
         ignore_eos=True,  # what ends a sequence is all in stop_ids
         max_tokens=sequence.max_new_tokens - delivered,
         logprobs=params.top_logprobs if params.logprobs else None,
-        logit_bias=dict(params.logit_bias) or None,
+        logit_bias=bias or None,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
         extra_args={EXTRAS: extras} if extras else None,
@@ -94,10 +101,7 @@ def _structured(wanted: ResponseFormat) -> Mapping[str, Any]:
             # Not vLLM's json_object: its backends differ on whether any JSON value or only an object will do.
             return compat.structured_outputs(json='{"type": "object"}')
         case "json_schema" if wanted.json_schema is not None:
-            # OpenAI's form wraps the schema: {"name": ..., "schema": {...}}.
-            inner = wanted.json_schema.get("schema")
-            is_wrapped = isinstance(inner, dict) and "name" in wanted.json_schema and "type" not in wanted.json_schema
-            return compat.structured_outputs(json=json.dumps(inner if is_wrapped else wanted.json_schema))
+            return compat.structured_outputs(json=json.dumps(wanted.json_schema))
         case "regex" if wanted.pattern is not None:
             return compat.structured_outputs(regex=wanted.pattern)
         case "grammar" if wanted.grammar is not None:

@@ -45,7 +45,8 @@ class HistoryProcessor(LogitsProcessor):
     def _row(
         self, params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]
     ) -> tuple[list[History | Guide], list[int]] | None:
-        found = (History.of(params, prompt_ids or []), self._guides.of(params, prompt_ids or []))
+        # A grammar comes first: `History` bars nothing that is the only way on.
+        found = (self._guides.of(params, prompt_ids or []), History.of(params, prompt_ids or []))
         needed: list[History | Guide] = [each for each in found if each is not None]
         return (needed, output_ids) if needed else None
 

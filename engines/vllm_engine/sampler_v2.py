@@ -19,6 +19,7 @@ from tokenfleet.engines.vllm_engine.extras import Cut, Guide, Guides, History, e
 @dataclass(slots=True)
 class _Slot:
     needed: list[History | Guide]
+    """A grammar comes first: `History` bars nothing that is the only way on."""
     cut: Cut | None
 
 
@@ -37,7 +38,7 @@ class _Rows:
         self._needs[slot] = bool(extras_of(params))
         if self._needs[slot]:
             prompt_ids = self._ids(slot, 0, prompt_len)
-            found = (History.of(params, prompt_ids), self._guides.of(params, prompt_ids))
+            found = (self._guides.of(params, prompt_ids), History.of(params, prompt_ids))
             self._slots[slot] = _Slot([each for each in found if each is not None], Cut.of(params))
 
     def apply_history(self, logits: Any, slots: Any, pos: Any) -> None:

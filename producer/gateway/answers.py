@@ -75,15 +75,13 @@ def text_logprobs(logprobs: tuple[TokenLogprob, ...], offset: int = 0) -> dict[s
 
 def chat_message(text: str, parser: dict[str, Any], key: str, reason: str) -> tuple[dict[str, Any], str]:
     """A whole choice's message, and its finish reason."""
-    parsed = parse(text, parser, key=key)
+    parsed = parse(text, parser, key=key, reason=reason)
     message: dict[str, Any] = {"role": "assistant", "content": parsed.content, "refusal": None}
     if parsed.reasoning is not None:
         message["reasoning_content"] = parsed.reasoning
     if parsed.tool_calls:
         message["tool_calls"] = [call.model_dump(mode="json") for call in parsed.tool_calls]
-        if reason == "stop":
-            reason = "tool_calls"
-    return message, reason
+    return message, parsed.finish_reason
 
 
 def created_s(event: AnyEvent) -> int | None:

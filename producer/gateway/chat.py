@@ -35,6 +35,7 @@ from tokenfleet.wire.events import AnyEvent, Finished, Usage
 from tokenfleet.wire.jobs import JobOptions
 from tokenfleet.wire.keys import new_id
 from tokenfleet.wire.results import ChatResult
+from tokenfleet.wire.toolcalls import choice_key
 
 router = APIRouter()
 
@@ -218,7 +219,7 @@ def completion_object(result: ChatResult, model: str, created: int, reasoning: i
     choices = []
     for choice in result.choices:
         message, reason = chat_message(
-            choice.text, result.parser, f"{result.job_id}:{choice.index}", choice.finish_reason
+            choice.text, result.parser, choice_key(result.job_id, choice.index), choice.finish_reason
         )
         logprobs = logprobs_object(choice.logprobs) if choice.logprobs else None
         choices.append({"index": choice.index, "message": message, "logprobs": logprobs, "finish_reason": reason})

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 
 from tokenfleet.producer.gateway.answers import ReasoningCount, created_s, logprobs_object, text_logprobs, usage_object
-from tokenfleet.wire.chat import FinishReason
 from tokenfleet.wire.errors import InvalidRequest
 from tokenfleet.wire.events import AnyEvent, ChoiceFinished, Delta, Finished, Started, Usage
-from tokenfleet.wire.toolcalls import ContentDelta, ParsedDelta, ReasoningDelta, ToolCallDelta, ToolParser
+from tokenfleet.wire.toolcalls import ContentDelta, ParsedDelta, ReasoningDelta, ToolCallDelta, ToolParser, choice_key
 
 _encode = msgspec.json.Encoder().encode
 _TEXT = "\0text\0"
@@ -151,10 +150,10 @@ class ChatChunks(_Chunks):
         if parser is None:  # it ended without a token
             parser, delta = self._new_parser(event.choice), {"role": "assistant", "content": ""}
         _merge(delta, parser.close())
-        return self._chunk(event.choice, delta, None, parser.finish_reason(cast("FinishReason", event.reason)))
+        return self._chunk(event.choice, delta, None, parser.finish_reason(event.reason))
 
     def _new_parser(self, choice: int) -> ToolParser:
-        return ToolParser(self._parser, key=f"{self.job_id}:{choice}")
+        return ToolParser(self._parser, key=choice_key(self.job_id, choice))
 
     def _chunk(
         self, choice: int, delta: dict[str, Any], logprobs: dict[str, Any] | None, reason: str | None = None

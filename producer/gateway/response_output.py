@@ -8,7 +8,7 @@ from typing import Any
 from tokenfleet.producer.gateway.answers import logprob_object
 from tokenfleet.producer.gateway.response_items import item_id
 from tokenfleet.wire.events import Delta
-from tokenfleet.wire.toolcalls import ContentDelta, ParsedDelta, ReasoningDelta, ToolCallDelta, ToolParser
+from tokenfleet.wire.toolcalls import ContentDelta, ParsedDelta, ReasoningDelta, ToolCallDelta, ToolParser, choice_key
 
 Shown = dict[str, Any]
 
@@ -18,7 +18,7 @@ class Output:
 
     def __init__(self, parser: Mapping[str, Any], job_id: str) -> None:
         self.items: list[Shown] = []
-        self._parser = ToolParser(parser, key=f"{job_id}:0")
+        self._parser = ToolParser(parser, key=choice_key(job_id, 0))
         self._job_id = job_id
         self._open: Shown | None = None
         self._text: list[str] = []

@@ -144,7 +144,11 @@ def assert_greedy(subject, job, ids):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-@pytest.mark.parametrize("how", [{"do_sample": False}, {"temperature": 0}, {"top_k": 1}])
+@pytest.mark.parametrize(
+    "how",
+    [{"do_sample": False}, {"temperature": 0}, {"top_k": 1}, {"top_p": 0}, {"temperature": 1e-300, "top_k": 0}],
+    ids=str,
+)
 async def test_greedy_takes_the_best_token_at_every_place(subject, text, how):
     answer = await ask(subject, text, **how)
     assert_greedy(subject, answer.job, answer.only)
@@ -358,6 +362,22 @@ async def test_every_piece_of_an_answer_can_stop_it(subject):
         assert stop not in before, "it went on past the stop string"
 
 
+@pytest.mark.parametrize("skip", [True, False])
+async def test_a_special_token_that_is_a_stop_string_stops_an_answer(subject, skip):
+    """Also where its text is left out, and EOS is to be ignored."""
+    for special in (subject.special_id, subject.eos_id):
+        stop = subject.tokenizer.token_text(special)
+        events = generate_deltas(
+            subject.engine, subject.tokenizer,
+            make_job(
+                subject, logit_bias={special: 100}, stop=stop, ignore_eos=True, skip_special_tokens=skip, **GREEDY
+            ),
+        )  # fmt: skip
+        delta, end = [event async for event in events]
+        assert (delta.ids, delta.text) == ((special,), "")
+        assert (end.reason, end.stop, end.tokens) == ("stop", stop, 1)
+
+
 # -- grammars ---------------------------------------------------------------------------------------------------------
 
 SCHEMA = {
@@ -446,18 +466,45 @@ async def test_a_forced_call_has_arguments_after_its_schema(subject, grammars, s
     assert called
 
 
+async def test_a_form_holds_to_the_end_even_if_eos_is_ignored_or_barred(subject, grammars):
+    """The grammar's own end goes on until the limit; nothing else may follow it, nor come before its time."""
+    wanted = {"type": "json_schema", "json_schema": SCHEMA}
+    for more in ({"ignore_eos": True, "max_new_tokens": 120}, {"min_tokens": 150}):
+        job = make_job(subject, response_format=wanted, seed=1, **{**WILD, **more})
+        answer = await run(subject, job)
+        assert has_form(answer.text, wanted), answer.text
+        assert answer.end.reason == ("length" if "ignore_eos" in more else "stop")
+        delivered = {0: DeliveredChoice(tuple(answer.only[:2]), subject.tokenizer.decode(answer.only[:2]))}
+        if "\ufffd" not in delivered[0].text and len(answer.only) > 2:
+            again = await run(subject, replace(job, attempt=2, delivered=delivered))
+            assert has_form(again.text, wanted), again.text
+
+
 async def test_a_form_that_makes_no_sense_is_refused(subject, grammars):
     with pytest.raises(InvalidRequest) as raised:
         await ask(subject, response_format={"type": "regex", "pattern": "(["})
     assert raised.value.details["param"] == "response_format"
+    assert str(raised.value).startswith('response_format can\'t be used: at 1(8): invalid regex "(["')  # on each engine
+    assert len(str(raised.value)) < 400
     assert (await ask(subject)).end.reason
 
 
 # -- logprobs ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("params", [GREEDY, {**FREE, "seed": 3}, {"seed": 4, "repetition_penalty": 1.3}], ids=str)
+@pytest.mark.parametrize(
+    "params",
+    [
+        GREEDY,
+        {**FREE, "seed": 3},
+        {"seed": 4, "repetition_penalty": 1.3},
+        {**GREEDY, "response_format": {"type": "regex", "pattern": "[a-z0-9]{12}"}},
+    ],
+    ids=str,
+)
 async def test_logprobs_are_the_models_own(subject, params):
+    if params.keys() & REFUSED[subject.name].keys():
+        pytest.skip("refused by this engine, as the table says")
     answer = await ask(subject, logprobs=True, top_logprobs=4, **params)
     ids = answer.only
     assert [each.id for each in answer.logprobs[0]] == ids

@@ -254,3 +254,30 @@ async def test_what_a_worker_is_set_to_shapes_its_prompts(llama):
     assert "MiniMax" not in changed.text
     assert ("hm" in plain.text, "hm" in changed.text) == (False, True)
     assert (plain.ids.count(1), changed.ids.count(1)) == (1, 0)  # </s>
+
+
+async def test_a_templates_stop_word_ends_an_answer_even_if_it_is_no_token_unless_ends_are_ignored(llama):
+    """llama3's are no tokens of this model. A grammar makes it write one."""
+    from tokenfleet.engines.generation import generate_deltas
+    from tokenfleet.wire.ledger import Claim
+    from tokenfleet.workers.served import Served
+    from tokenfleet.workers.settings import WorkerSettings
+    from tokenfleet.workers.takeover import Delivered
+
+    args = {"model_name_or_path": str(llama[0]), "threads": 1}
+    served = Served(WorkerSettings(model="m", engine_args=args, template="llama3", slots=2))
+    await served.start()
+    wanted = {"type": "regex", "pattern": r"ab<\|eot_id\|>cd"}
+    found = {}
+    for ignored in (False, True):
+        request = ChatRequest(
+            messages=[{"role": "user", "content": "one"}],
+            params={"response_format": wanted, "ignore_eos": ignored, "max_new_tokens": 40, "do_sample": False},
+        )
+        body = request.model_dump_json().encode()
+        claim = Claim("job", 1, "me", 0, body, b"", "", 0, 0, 0, 0)
+        prepared = await served.prepare(request, claim, Delivered())
+        *deltas, end = [e async for e in generate_deltas(served.engine, served.tokenizer, prepared.job)]
+        found[ignored] = ("".join(delta.text for delta in deltas), end.reason, end.stop)
+    await served.close()
+    assert found == {False: ("ab", "stop", "<|eot_id|>"), True: ("ab<|eot_id|>cd", "length", None)}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -15,6 +17,7 @@ import pytest
 from tests.fleets import MODEL, ROOT, Fleet, wait_until
 from tokenfleet import AsyncClient, AsyncJob, AsyncStream, ChatModel, Client, Job, JobStream, Response
 from tokenfleet.wire.errors import ConfigurationError, InvalidRequest
+from tokenfleet.wire.toolcalls import ParsedDelta, assemble
 
 MESSAGES = [{"role": "user", "content": "Say something."}]
 
@@ -108,6 +111,44 @@ def test_a_private_fleet_serves_and_leaves_nothing() -> None:
         return [line for p in new if socket.rsplit("/", 1)[0] in (line := " ".join(p.info["cmdline"] or ()))]
 
     wait_until(lambda: not leftovers(), 10, "no process of the private fleet")
+
+
+LOOK = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {"at": {}}}}}
+CALLS = "".join(
+    f'<tool_call>\n{{"name": "look", "arguments": {{"at": "{at}"}}}}\n</tool_call>\n' for at in ("sky 😀", "sea")
+)
+
+
+def test_tool_calls_come_out_of_the_clients_whole_and_streamed_and_their_results_go_in(served: Fleet) -> None:
+    said = json.dumps(f"<think>Which?</think>I look. {CALLS}")
+    with Client(served.redis.url, fleet=served.redis.fleet, model=MODEL) as client:
+        question = [{"role": "user", "content": f"[[spell: {said}]]"}]
+        job = client.submit(question, tools=[LOOK], enable_thinking=True, max_new_tokens=400, n=2)
+        result = job.result(30)
+        for choice in range(2):
+            answer = result.parsed(choice)
+            assert (answer.reasoning, answer.content, answer.finish_reason) == ("Which?", "I look.", "tool_calls")
+            assert [json.loads(call.function.arguments)["at"] for call in answer.tool_calls] == ["sky 😀", "sea"]
+            deltas = list(client.job(job.id).parsed(choice))
+            assert len(deltas) > 6
+            assert assemble(deltas) == replace(answer, finish_reason="")
+        assert result.parsed(0).tool_calls != result.parsed(1).tool_calls  # other ids
+
+        async def streamed() -> list[ParsedDelta]:
+            async with AsyncClient(served.redis.url, fleet=served.redis.fleet) as client:
+                return [delta async for delta in client.job(job.id).parsed()]
+
+        assert assemble(asyncio.run(streamed())) == assemble(list(job.parsed()))
+        answer = result.parsed()
+        results = [
+            {"role": "tool", "tool_call_id": call.id, "content": f"[[say: {json.dumps(f'seen {i}')}]]"}
+            for i, call in enumerate(answer.tool_calls)
+        ]
+        assert client.submit([*question, answer.message, *results], tools=[LOOK]).result(30).text == "seen 1"
+        cut = client.submit(question, tools=[LOOK], max_new_tokens=60).result(30).parsed()
+        assert (cut.tool_calls, cut.finish_reason) == ((), "length")
+        with job.stream(after=1) as late, pytest.raises(InvalidRequest, match="beginning"):
+            next(late.parsed())
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.integration.test_responses import EVENTS, check_order
+from tests.vectors import Characters
+from tokenfleet.engines.prompts import load_template, render
 from tokenfleet.engines.templates import sandbox
 from tokenfleet.engines.templates.choice import Offer
 from tokenfleet.engines.templates.forced import call_forms, call_grammar
 from tokenfleet.engines.templates.schema import tool_format
 from tokenfleet.engines.templates.tools import Call, write_calls
+from tokenfleet.producer.gateway.answers import chat_message
 from tokenfleet.producer.gateway.response_events import ResponseFold
 from tokenfleet.producer.gateway.response_items import Asked
+from tokenfleet.wire.chat import ChatRequest, GenerationParams, ResponseFormat
 from tokenfleet.wire.events import AnyEvent, ChoiceFinished, Delta, Finished, Queued, Started, Usage
 from tokenfleet.wire.toolcalls import ParsedDelta, ToolCallDelta, ToolParser, assemble, parse
+from tokenfleet.workers.served import _forced
 
 llguidance = pytest.importorskip("llguidance")
 pytestmark = pytest.mark.unit
@@ -142,6 +147,28 @@ def test_a_call_that_is_cut_is_a_call_that_is_cut() -> None:
     assert (call.function.name, call.function.arguments) == ("weather", '{"city": "Łó')
     assert machine.finish_reason("length") == "length"
     assert machine.finish_reason("stop") == "stop"  # a caller's stop string stood in it
+    assert chat_message(text[: text.index("dź")], parser, "job:0", "stop")[1] == "stop"  # whole, as in a stream
+    assert chat_message(text, parser, "job:0", "stop")[1] == "tool_calls"
+
+
+@pytest.mark.parametrize("template", ["qwen3", "qwen3_5"])
+@pytest.mark.parametrize("wanted", [{}, {"type": "json_object"}])
+def test_a_format_of_content_does_not_bind_an_answer_that_has_none(template: str, wanted: dict[str, Any]) -> None:
+    params = GenerationParams(response_format=ResponseFormat(**wanted))
+    tokenizer = Characters()
+    asked = {"messages": [{"role": "user", "content": "Hi"}], "tools": TOOLS}
+    for choice in ("auto", "required"):
+        request = ChatRequest(**asked, tool_choice=choice)
+        prompt = render(request, tokenizer, load_template(template, tokenizer))
+        held, parser = _forced(params, prompt, "transformers")
+        has_grammar = choice == "required" and template == "qwen3"  # qwen3_5 writes arguments as no JSON
+        assert ("forced" in parser) == has_grammar
+        if choice == "auto":
+            assert held == params
+        elif has_grammar:
+            assert held.response_format.grammar == prompt.grammar != ""
+        else:
+            assert held.response_format.type == "text"
 
 
 def test_one_call_is_one_if_there_may_be_no_more() -> None:
