@@ -62,10 +62,11 @@ def resolve(
     """The folder that holds ``model`` in the form transformers, vLLM and SGLang load, fetched if need be.
 
     ``model`` is a folder, a ``.gguf`` file, `BUILTIN_MODEL`, or a hub id. Progress goes to ``console`` (standard error
-    by default). Weights are safetensors; pickled ones are fetched only with ``allow_pickle``.
+    by default). Weights are safetensors; pickled ones are fetched only with ``allow_pickle``. ``cache``: where models
+    are kept, from the hub and converted ones; by default each in its own place.
     Raises `UnknownModel` if there is no such model, `ConfigurationError` if it can't be fetched or converted here.
     """
-    cache = cache or default_cache()
+    hub_cache, cache = cache, cache or default_cache()
     console = console or Console(stderr=True)
     path = Path(model).expanduser()
     if model and path.is_dir():
@@ -82,7 +83,7 @@ def resolve(
             hint=f"Give a folder, a .gguf file, a hub id such as {_BUILTIN_HUB_ID}, or {BUILTIN_MODEL}.",
         )
     try:
-        return _snapshot(model, revision, allow_pickle)
+        return _snapshot(model, revision, allow_pickle, hub_cache)
     except ConfigurationError:
         if model != _BUILTIN_HUB_ID or revision is not None:
             raise
@@ -94,7 +95,7 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenfleet"
 
 
-def _snapshot(hub_id: str, revision: str | None, allow_pickle: bool) -> Path:
+def _snapshot(hub_id: str, revision: str | None, allow_pickle: bool, cache: Path | None) -> Path:
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
@@ -105,7 +106,7 @@ def _snapshot(hub_id: str, revision: str | None, allow_pickle: bool) -> Path:
     unwanted = [*_NEVER_NEEDED, *(() if allow_pickle else _PICKLES)]
     _tell(f"fetching {hub_id}")
     try:
-        folder = Path(snapshot_download(hub_id, revision=revision, ignore_patterns=unwanted))
+        folder = Path(snapshot_download(hub_id, revision=revision, cache_dir=cache, ignore_patterns=unwanted))
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise UnknownModel(
             f"The hub has no model {hub_id!r}" + (f" at revision {revision!r}." if revision else "."),

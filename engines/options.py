@@ -108,6 +108,25 @@ def quantised_by(method: str | None) -> dict[str, Any]:
     return {"quantization": method} | ({"load_format": "bitsandbytes"} if method == "bitsandbytes" else {})
 
 
+def lift(values: Any, config: str, names: Mapping[str, str]) -> Any:
+    """``values`` with what its mapping ``config`` says of an option put under the option's own name. ``names``: the
+    engine's name → ours. For a validator ``mode="before"``: raises `ValueError` where both are said, and differ."""
+    if not isinstance(values, Mapping):
+        return values
+    try:
+        further = _json_mapping(values.get(config))
+    except ValueError:
+        return values  # the field's own validator says what is wrong
+    if not isinstance(further, Mapping):
+        return values
+    lifted = {**values, config: {name: value for name, value in further.items() if name not in names}}
+    for name in names.keys() & further.keys():
+        own = names[name]
+        if lifted.setdefault(own, further[name]) != further[name]:
+            raise ValueError(f"{config} says {name}={further[name]!r}, and {own} says {lifted[own]!r}")
+    return lifted
+
+
 def refuse_own(name: str, given: Mapping[str, Any], own: Collection[str]) -> None:
     """Raises `ValueError` if ``given``, an engine's further arguments, name one that tokenfleet sets itself."""
     if taken := sorted(set(own) & given.keys()):

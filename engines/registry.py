@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from tokenfleet.engines.folders import Folders, first_line
 from tokenfleet.wire.errors import ConfigurationError, InvalidRequest
 
 if TYPE_CHECKING:
@@ -72,8 +74,10 @@ def options_of(model: type[Options], args: Mapping[str, Any], name: str) -> Opti
         return model.model_validate(dict(args))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ConfigurationError(f"Engine {name}: {place}: {first['msg']}", hint="See docs/settings.md.") from error
+        place = f"{'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
+        said = "There is no such option." if first["type"] == "extra_forbidden" else first["msg"]
+        said = f"Engine {name}: {place}{said.removeprefix('Value error, ')}"
+        raise ConfigurationError(said, hint="See docs/settings.md.") from error
 
 
 async def _scripted(args: Mapping[str, Any], settings: ModelSettings) -> Loaded:
@@ -118,13 +122,32 @@ async def _of_model(name: str, args: Mapping[str, Any], settings: ModelSettings)
     if settings.slots is not None:
         given = {"max_batch_size": settings.slots, **given}
     options = options_of(getattr(importlib.import_module(f"{package}.options"), options_class), given, name)
+    if importlib.util.find_spec(name) is None:
+        raise missing_extra(extra, name, ModuleNotFoundError(name=name))
+    # Before the engine's packages, whose import alone takes many seconds.
+    await asyncio.to_thread(_check_names, options, settings)
     try:
         create = getattr(importlib.import_module(package), engine_class)
     except ImportError as error:
         raise missing_extra(extra, name, error) from error
+    except (RuntimeError, OSError, AttributeError) as error:  # packages that don't fit together, a missing library
+        raise ConfigurationError(
+            f"The engine needs {name}, whose import fails: {first_line(error)}",
+            code="missing_extra",
+            hint=f"Install it in an environment of its own: pip install 'tokenfleet[{extra}]'",
+        ) from error
     engine = create(options)
     await engine.start()
     return await asyncio.to_thread(_with_hf_tokenizer, engine, settings)
+
+
+def _check_names(options: Any, settings: ModelSettings) -> None:
+    """What is named must be there. Raises `ConfigurationError`, `UnknownModel`; fetches what is not here yet."""
+    if settings.template:
+        from tokenfleet.engines.templates.schema import named
+
+        named(settings.template)
+    Folders.of(options)
 
 
 def _with_hf_tokenizer(engine: Any, settings: ModelSettings) -> Loaded:
@@ -151,8 +174,7 @@ def _with_hf_tokenizer(engine: Any, settings: ModelSettings) -> Loaded:
 
 def missing_extra(extra: str, package: str, error: ImportError) -> ConfigurationError:
     """What to install on this machine, for an engine whose packages are not there."""
-    return ConfigurationError(
-        f"The engine needs {package}, which can't be imported ({error.name or error}).",
-        code="missing_extra",
-        hint=f"Install it: pip install 'tokenfleet[{extra}]'",
-    )
+    said = f"The engine {package} is not installed here."
+    if error.name != package:
+        said = f"The engine needs {package}, which can't be imported ({error.name or error})."
+    return ConfigurationError(said, code="missing_extra", hint=f"Install it: pip install 'tokenfleet[{extra}]'")

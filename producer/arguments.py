@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from tokenfleet.producer.llama_factory import without_unused
 from tokenfleet.wire.chat import GenerationParams
 from tokenfleet.wire.errors import ConfigurationError
 from tokenfleet.wire.local_files import LocalFleetConfig
@@ -60,7 +61,7 @@ class FleetArguments(BaseModel):
     rope_scaling: str | None = None
     flash_attn: str | None = None
     trust_remote_code: bool | None = None
-    finetuning_type: Literal["lora", "full"] | None = None
+    finetuning_type: Literal["lora", "oft", "freeze", "full"] | None = None
     """Accepted for LLaMA-Factory's files; what an adapter is stands in its own files."""
     stage: Literal["sft", "rm"] | None = None
     """LLaMA-Factory's: ``rm`` is a reward model, for `get_scores`. The same as ``rewards``."""
@@ -128,6 +129,11 @@ class FleetArguments(BaseModel):
             wrong = (name in _VLLM_NAMES and engine != "vllm") or (name in _SGLANG_NAMES and engine != "sglang")
             if wrong or (engine == "scripted" and name != "model_name_or_path"):
                 raise ConfigurationError(f"{name} means nothing to the engine {engine!r}.", hint="Leave it out.")
+            if name == "flash_attn" and engine in _CHOOSE_ATTENTION:
+                if value != "auto":
+                    hint = f"Leave it out; {engine}_config: {{attention_backend: ...}} takes the engine's own names."
+                    raise ConfigurationError(f"flash_attn={value}: {engine} chooses its attention itself.", hint=hint)
+                continue
             if engine != "scripted":
                 args[name] = value
         if self.stage == "rm":
@@ -140,6 +146,7 @@ class FleetArguments(BaseModel):
         return args
 
 
+_CHOOSE_ATTENTION = ("vllm", "sglang")
 _VLLM_NAMES = tuple(name for name in FleetArguments.model_fields if name.startswith("vllm_"))
 _SGLANG_NAMES = tuple(name for name in FleetArguments.model_fields if name.startswith("sglang_"))
 _MODEL_NAMES = (
@@ -157,7 +164,7 @@ def split_arguments(args: Mapping[str, Any]) -> tuple[FleetArguments, dict[str, 
     Raises `ConfigurationError` that names what is unknown or wrong, `InvalidRequest` for a parameter that the engine to
     be loaded would refuse in every chat."""
     generation = {name: value for name, value in args.items() if name in _GENERATION}
-    rest = {name: value for name, value in args.items() if name not in _GENERATION}
+    rest = without_unused({name: value for name, value in args.items() if name not in _GENERATION})
     known = set(FleetArguments.model_fields)
     if unknown := sorted(set(rest) - known):
         near = difflib.get_close_matches(unknown[0], known | _GENERATION, n=3)

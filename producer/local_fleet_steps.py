@@ -26,7 +26,7 @@ from typing import TypeVar
 import msgspec
 
 import tokenfleet
-from tokenfleet.wire.errors import ConfigurationError, FleetUnavailable, from_body
+from tokenfleet.wire.errors import CallerError, ConfigurationError, FleetUnavailable, from_body
 from tokenfleet.wire.local_files import (
     PRIVATE_PREFIX,
     FleetFolder,
@@ -226,8 +226,8 @@ def _served_state(folder: FleetFolder, on_progress: OnProgress | None, deadline:
         is_alive = folder.is_supervised()  # before the state: its last word is written before it dies
         state = read(folder.state, FleetState)
         if state is not None:
-            tell(state)
             _raise_failure(state)
+            tell(state)
             if is_alive and state.state in ("loading", "ready"):
                 return state
         if not is_alive or (state is not None and state.state == "stopping"):
@@ -243,8 +243,8 @@ def ready_steps(folder: FleetFolder, timeout_s: float | None, on_progress: OnPro
         is_alive = folder.is_supervised()
         state = read(folder.state, FleetState)
         if state is not None:
-            tell(state)
             _raise_failure(state)
+            tell(state)
             if is_alive and state.state == "ready":
                 return state
         if not is_alive or state is None or state.state == "stopping":
@@ -342,7 +342,7 @@ def _raise_failure(state: FleetState) -> None:
     if state.state != "failed" or state.error is None:
         return
     error = from_body(state.error)
-    if isinstance(error, ConfigurationError | FleetUnavailable):
+    if isinstance(error, ConfigurationError | FleetUnavailable | CallerError):
         raise error
     raise FleetUnavailable(error.message, code="fleet_failed", hint=error.hint, cause=state.error.code)
 

@@ -19,6 +19,9 @@ from tokenfleet.wire.keys import Keys
 EngineName = Literal["transformers", "vllm", "sglang", "scripted"]
 _SLOTS: dict[EngineName, int] = {"transformers": 16, "vllm": 256, "sglang": 256, "scripted": 256}
 
+_THEIR_SLOTS = {"vllm": "max_num_seqs", "sglang": "max_running_requests"}
+"""What ``vllm_config`` and ``sglang_config`` call it."""
+
 
 class LeaseSettings(BaseModel):
     """How soon a dead worker is noticed. Seconds."""
@@ -92,8 +95,11 @@ class WorkerSettings(BaseSettings):
 
     @property
     def concurrency(self) -> int:
-        """Jobs that this worker runs at once."""
-        return self.slots or _SLOTS[self.engine]
+        """Jobs that this worker runs at once: no more than its engine takes, or others could not take them."""
+        config = self.engine_args.get(f"{self.engine}_config")
+        theirs = config.get(_THEIR_SLOTS.get(self.engine, "")) if isinstance(config, dict) else None
+        said = (self.slots, self.engine_args.get("max_batch_size"), theirs)
+        return next((slots for slots in said if isinstance(slots, int) and slots > 0), _SLOTS[self.engine])
 
 
 def load_settings() -> WorkerSettings:

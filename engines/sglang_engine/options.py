@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Any, Final
 
-from tokenfleet.engines.options import CommaList, CoreOptions, JsonMapping, refuse_own
+from pydantic import Field, field_validator, model_validator
+
+from tokenfleet.engines.options import CommaList, CoreOptions, JsonMapping, lift, refuse_own
 
 OWN = frozenset(
     {
-        "model_path", "tokenizer_path", "skip_tokenizer_init", "tokenizer_worker_num", "trust_remote_code", "dtype",
-        "quantization", "context_length", "mem_fraction_static", "tp_size", "max_running_requests", "enable_lora",
+        "model_path", "tokenizer_path", "skip_tokenizer_init", "tokenizer_worker_num", "enable_lora",
         "lora_paths", "sampling_backend", "grammar_backend", "enable_custom_logit_processor", "stream_interval",
-        "incremental_streaming_output", "speculative_algorithm", "is_embedding", "allow_auto_truncate", "revision",
+        "incremental_streaming_output", "speculative_algorithm", "is_embedding", "allow_auto_truncate",
     }
 )  # fmt: skip
 """Arguments of SGLang that ``sglang_config`` may not name: they have an option here, or another value would change
 what a request means. A speculative algorithm samples in kernels of its own, past our sampler."""
+
+NAMES: Final = {
+    "context_length": "sglang_maxlen", "mem_fraction_static": "sglang_mem_fraction", "tp_size": "sglang_tp_size",
+    "max_running_requests": "max_batch_size", "dtype": "infer_dtype", "quantization": "quantization",
+    "trust_remote_code": "trust_remote_code", "revision": "model_revision",
+}  # fmt: skip
+"""SGLang's names of options here: ``sglang_config`` may use them, as LLaMA-Factory's files do."""
 
 SAFE_FORMATS = frozenset({"safetensors", "dummy", "sharded_state", "bitsandbytes", "layered"})
 """Values of ``load_format`` that read no pickle."""
@@ -38,6 +46,17 @@ class SglangOptions(CoreOptions):
     """GPUs to split the model over; None: all that this worker sees."""
     sglang_config: JsonMapping = Field(default_factory=dict)
     """Further arguments of SGLang's `ServerArgs`, as they are there; a mapping or JSON text."""
+
+    @field_validator("sglang_tp_size", mode="before")
+    @classmethod
+    def _all_gpus(cls, value: Any) -> Any:
+        """LLaMA-Factory's -1 is all of them."""
+        return None if value == -1 else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_names(cls, values: Any) -> Any:
+        return lift(values, "sglang_config", NAMES)
 
     def model_post_init(self, context: object) -> None:
         refuse_own("sglang_config", self.sglang_config, OWN)

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Any, Final
 
-from tokenfleet.engines.options import CommaList, CoreOptions, JsonMapping, refuse_own
+from pydantic import Field, model_validator
+
+from tokenfleet.engines.options import CommaList, CoreOptions, JsonMapping, lift, refuse_own
 
 OWN = frozenset(
     {
-        "model", "tokenizer", "skip_tokenizer_init", "runner", "convert", "trust_remote_code", "dtype", "max_model_len",
-        "gpu_memory_utilization", "enforce_eager", "max_num_seqs", "enable_lora", "max_lora_rank", "logits_processors",
+        "model", "tokenizer", "skip_tokenizer_init", "runner", "convert", "enable_lora", "logits_processors",
         "generation_config", "override_generation_config", "logprobs_mode", "speculative_config", "load_format",
         "quantization", "pooler_config",
     }
 )  # fmt: skip
-"""Arguments of vLLM that ``vllm_config`` may not name: they have an option here, or another value would change what
-a request means. Speculative decoding switches vLLM's min_p, logit_bias and our processors off."""
+"""Arguments of vLLM that ``vllm_config`` may not name: they have an option here, or another value would change
+what a request means. Speculative decoding switches vLLM's min_p, logit_bias and our processors off."""
+
+NAMES: Final = {
+    "max_model_len": "vllm_maxlen", "gpu_memory_utilization": "vllm_gpu_util", "enforce_eager": "vllm_enforce_eager",
+    "max_lora_rank": "vllm_max_lora_rank", "max_num_seqs": "max_batch_size", "dtype": "infer_dtype",
+    "trust_remote_code": "trust_remote_code", "revision": "model_revision",
+}  # fmt: skip
+"""vLLM's names of options here: ``vllm_config`` may use them, as LLaMA-Factory's files do."""
 
 
 class VllmOptions(CoreOptions):
@@ -38,6 +46,11 @@ class VllmOptions(CoreOptions):
     """None: what the adapters need."""
     vllm_config: JsonMapping = Field(default_factory=dict)
     """Further arguments of vLLM's `AsyncEngineArgs`, as they are there; a mapping or JSON text."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_names(cls, values: Any) -> Any:
+        return lift(values, "vllm_config", NAMES)
 
     def model_post_init(self, context: object) -> None:
         refuse_own("vllm_config", self.vllm_config, OWN)

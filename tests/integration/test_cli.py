@@ -334,6 +334,11 @@ def test_a_model_that_cannot_be_loaded_is_told_and_its_fleet_makes_room(local_sh
     assert "is ready and serves scripted" in local_shell.run("up", *SCRIPTED).stderr
 
 
+def test_a_model_that_is_not_there_was_asked_for_wrongly(local_shell: Shell) -> None:
+    line = local_shell.error("chat", "--model_name_or_path", "/nowhere/model", stdin="hi\n")
+    assert line.startswith("error [model_not_found]: There is no folder '/nowhere/model'")
+
+
 # ---- chat ------------------------------------------------------------------------------------------------------------
 
 

@@ -163,3 +163,15 @@ def write_gguf(file: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def test_a_hub_model_is_looked_for_in_the_cache_that_was_named(tmp_path):
+    """LLaMA-Factory's ``cache_dir``: laid out as huggingface_hub does."""
+    repo = tmp_path / "mine" / "models--someone--some-model"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text("c0ffee")
+    snapshot = repo / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").touch()
+    done = run(ASK, "someone/some-model", tmp_path / "mine", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert done.stdout.strip() == str(snapshot), done.stderr

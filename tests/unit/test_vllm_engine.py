@@ -55,7 +55,7 @@ def test_vllm_config_is_a_mapping_or_json():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"vllm_config": {"dtype": "float16"}}, "dtype"),
+        ({"vllm_config": {"dtype": "float16"}, "infer_dtype": "float32"}, "dtype"),
         ({"vllm_config": {"speculative_config": {}}}, "speculative_config"),
         ({"vllm_config": "max_num_seqs"}, "JSON"),
         ({"vllm_config": {"quantization": "fp8"}}, "quantization"),

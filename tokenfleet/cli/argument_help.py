@@ -38,7 +38,7 @@ HELP: Final[dict[str, str]] = {
     "infer_backend": "The engine. hf, huggingface and transformers are one.",
     "adapter_name_or_path": "LoRA adapters to load, separated by commas.",
     "adapters": "LoRA adapters to choose from per request: {name: path}.",
-    "adapter_folder": "A folder of LoRA adapters to choose from per request.",
+    "adapter_folder": "Subfolder of each adapter's path that holds its files.",
     "default_system": "System message of chats that bring none.",
     "enable_thinking": "Whether models that can think do so.",
     "preserve_thinking": "Keep the thoughts of earlier answers in the prompt.",
