@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from tokenfleet.engines.media.containers import opened, seconds_of
@@ -19,23 +20,18 @@ def decode_audio(data: bytes, settings: MediaSettings, deadline: Deadline) -> np
     import numpy as np
 
     with opened(data, "audio") as (container, stream):
-        import av
-
-        if stream.codec_context.channels > _MOST_CHANNELS:
-            raise invalid(f"The audio has {stream.codec_context.channels} channels.", "Send one or two.")
+        _check_channels(stream.codec_context.channels)
         seconds = seconds_of(container, stream)
         if seconds is not None and seconds > settings.media_max_seconds:
             raise _too_long(settings)
-        resampler = av.AudioResampler(format="fltp", rate=settings.audio_sampling_rate)
         most = int(settings.media_max_seconds * settings.audio_sampling_rate)
         pieces: list[np.ndarray[Any, Any]] = []
         samples = 0
-        for frame in _with_end(container.decode(stream)):
+        for made in _resampled(container.decode(stream), settings.audio_sampling_rate):
             deadline.check()
-            for made in resampler.resample(frame):
-                piece = made.to_ndarray().mean(axis=0, dtype=np.float32)
-                pieces.append(piece)
-                samples += len(piece)
+            piece = made.to_ndarray().mean(axis=0, dtype=np.float32)
+            pieces.append(piece)
+            samples += len(piece)
             if samples > most:
                 raise _too_long(settings)
     if not samples:
@@ -43,10 +39,26 @@ def decode_audio(data: bytes, settings: MediaSettings, deadline: Deadline) -> np
     return np.concatenate(pieces)
 
 
-def _with_end(frames: Any) -> Any:
-    """The frames, then None, which makes a resampler give what it still holds."""
-    yield from frames
-    yield None
+def _resampled(frames: Iterable[Any], rate: int) -> Iterator[Any]:
+    """Frames of float32 at ``rate``. Channels and rate may change in the midst of a file, as where two were joined."""
+    import av
+
+    resampler, setup = None, None
+    for frame in frames:
+        if setup != (setup := (frame.format.name, frame.layout.name, frame.sample_rate)):
+            _check_channels(len(frame.layout.channels))
+            if resampler is not None:
+                yield from resampler.resample(None)  # what it still holds
+            resampler = av.AudioResampler(format="fltp", rate=rate)
+        assert resampler is not None
+        yield from resampler.resample(frame)
+    if resampler is not None:
+        yield from resampler.resample(None)
+
+
+def _check_channels(count: int) -> None:
+    if count > _MOST_CHANNELS:
+        raise invalid(f"The audio has {count} channels.", "Send one or two.")
 
 
 def _too_long(settings: MediaSettings) -> Exception:

@@ -88,7 +88,7 @@ def opened(data: bytes, kind: Literal["video", "audio"]) -> Iterator[tuple[Input
                               "or as PCM, FLAC, MP3, AAC or Opus.")  # fmt: skip
             context.thread_count = 1
             yield container, stream
-    except (av.error.FFmpegError, EOFError, OSError) as error:
+    except (av.error.FFmpegError, EOFError, OSError, ValueError) as error:  # ValueError: PyAV's own, of a frame
         raise invalid(f"The {kind} can't be decoded: {_reason(error)}.", "Is the file whole?") from error
 
 

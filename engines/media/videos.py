@@ -44,6 +44,7 @@ def decode_video(data: bytes, settings: MediaSettings, deadline: Deadline, *, is
         source_fps = float(stream.average_rate or settings.video_fps)
     if not frames:
         raise invalid("The video has no frames.")
+    duration_s = seconds or len(frames) / settings.video_fps
     if is_qwen and len(frames) % 2:
         frames.append(frames[-1])
         indices.append(indices[-1])
@@ -52,7 +53,7 @@ def decode_video(data: bytes, settings: MediaSettings, deadline: Deadline, *, is
         tuple(indices),
         source_fps,
         fps=len(wanted) / seconds if seconds else settings.video_fps,
-        duration_s=seconds or len(frames) / settings.video_fps,
+        duration_s=duration_s,
     )
 
 

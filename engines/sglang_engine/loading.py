@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from tokenfleet.engines.base import EngineInfo
 from tokenfleet.engines.folders import Folders, architectures, first_line, is_classifier
+from tokenfleet.engines.lora_joining import choices
 from tokenfleet.engines.options import MOST_ADAPTERS_AT_ONCE, quantised_by
 from tokenfleet.engines.rope import overridden
 from tokenfleet.engines.sglang_engine.front import FrontEnd
@@ -17,7 +19,6 @@ from tokenfleet.engines.sglang_engine.media import SglangMedia, media_processor
 from tokenfleet.engines.sglang_engine.options import SglangOptions
 from tokenfleet.wire.errors import ConfigurationError, EngineDead
 
-_FIXED = "fixed"
 _CPU_POOL_TOKENS = 8192
 
 
@@ -40,19 +41,20 @@ def load(options: SglangOptions) -> LoadedSglang:
     import transformers
 
     folders, label = Folders.of(options), options.shown_name
-    folder, adapters, fixed = folders.model, folders.chosen, folders.fixed
+    folder = folders.model
     if options.rewards and not _gives_scores(folder):
         raise ConfigurationError(
             f"rewards: {label!r} is no sequence classifier.", hint="A value head is for transformers or vLLM."
         )
-    for adapter in (*adapters.values(), *fixed):
-        _check_adapter(adapter, options.allow_pickle)
-    lora: dict[str | None, str] = {None: _FIXED} if fixed else {name: name for name in adapters}
-    paths = {_FIXED: fixed[0]} if fixed else adapters
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
         processor = media_processor(folder, tokenizer, options)
-        front = FrontEnd(**_arguments(folder, paths, options))
+        with contextlib.ExitStack() as files:  # read when it has started
+            adapters = choices(folders, files, allow_pickle=options.allow_pickle)
+            # Names of our own: what all requests get has one in SGLang, too.
+            lora = {name: str(place) for place, name in enumerate(adapters)}
+            paths = {lora[name]: adapter.path for name, adapter in adapters.items()}
+            front = FrontEnd(**_arguments(folder, paths, options))
     except TypeError as error:
         raise ConfigurationError(f"SGLang {sglang.__version__} does not know this of sglang_config: {error}") from error
     except (RuntimeError, EOFError) as error:  # the scheduler's own reason is in its output, above
@@ -160,17 +162,3 @@ def _rope(folder: Path, options: SglangOptions) -> dict[str, Any]:
 def _gives_scores(folder: Path) -> bool:
     """Whether SGLang's classify path gives this model's scores: it can't generate then."""
     return is_classifier(folder) or any(name.endswith("RewardModel") for name in architectures(folder))
-
-
-def _check_adapter(folder: Path, allow_pickle: bool) -> None:
-    try:
-        int(json.loads((folder / "adapter_config.json").read_text())["r"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigurationError(
-            f"{folder.name!r} is no LoRA adapter: its adapter_config.json is missing or has no rank."
-        ) from error
-    if not allow_pickle and not (folder / "adapter_model.safetensors").is_file():
-        raise ConfigurationError(
-            f"The adapter {folder.name!r} has no adapter_model.safetensors.",
-            hint="Pickled weights can run code when loaded; set allow_pickle only for an adapter you trust.",
-        )

@@ -32,8 +32,9 @@ SAFE_FORMATS = frozenset({"safetensors", "dummy", "sharded_state", "bitsandbytes
 class SglangOptions(CoreOptions):
     """Frozen; unknown names are refused."""
 
-    adapter_name_or_path: CommaList = Field((), max_length=1)
-    """One LoRA adapter that every request gets. SGLang merges nothing into the weights."""
+    adapter_name_or_path: CommaList = ()
+    """LoRA adapters that every request gets, all of them. SGLang merges nothing into the weights: they are joined to
+    one adapter, and with each of ``adapters``."""
 
     quantization: str | None = None
     """Any method of SGLang's to quantise with at load, by SGLang's name. Quantised checkpoints need none."""
@@ -65,5 +66,3 @@ class SglangOptions(CoreOptions):
             raise ValueError(f"sglang_config: load_format={load_format!r} may read pickles, which allow_pickle allows")
         if self.quantization_bit is not None and self.quantization is not None:
             raise ValueError("quantization_bit and quantization exclude one another: both say how to quantise")
-        if self.adapters and self.adapter_name_or_path:
-            raise ValueError("adapters and adapter_name_or_path exclude one another: SGLang applies one LoRA a request")

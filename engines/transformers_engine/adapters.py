@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tokenfleet.engines.lora import WEIGHTS, changes_model, check_weights, config_of, names_in
 from tokenfleet.wire.errors import ConfigurationError
 
 
@@ -19,15 +20,22 @@ class AdapterChoice:
         self._inner = {name: f"adapter{place}" for place, name in enumerate(folders)}
         self._active: str | None = None
         self._peft: Any = None
-        for name, folder in folders.items():
+        # Beside one that has tokens of its own peft takes none that has not, but the other way round.
+        for name, folder in sorted(folders.items(), key=lambda each: _has_tokens(each[1])):
             _check(folder, allow_pickle)
+            if (changed := changes_model(config_of(folder))) is not None:
+                raise ConfigurationError(
+                    f"The adapter {name!r} can't be chosen per request: its {changed} changes the model for all.",
+                    hint="Merge it (adapter_name_or_path), or convert it to a plain LoRA.",
+                )
             try:
                 if self._peft is None:
                     self._peft = PeftModel.from_pretrained(model, folder, adapter_name=self._inner[name])
                 else:
                     self._peft.load_adapter(folder, adapter_name=self._inner[name])
-            except (OSError, ValueError, RuntimeError, KeyError) as error:
+            except (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as error:
                 raise ConfigurationError(f"The adapter {name!r} doesn't fit the model: {error}") from error
+            _check_used(self._peft, self._inner[name], folder)
         self._peft.eval().requires_grad_(False)
         configs = self._peft.peft_config.values()
         if any(config.is_prompt_learning for config in configs):
@@ -69,7 +77,9 @@ def merge(model: Any, folders: Sequence[Path], *, allow_pickle: bool) -> Any:
     for folder in folders:
         _check(folder, allow_pickle)
         try:
-            model = PeftModel.from_pretrained(model, folder).merge_and_unload()
+            adapted = PeftModel.from_pretrained(model, folder)
+            _check_used(adapted, "default", folder)
+            model = adapted.merge_and_unload()
         except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
             raise ConfigurationError(f"The adapter in {folder.name!r} can't be merged: {error}") from error
     return model
@@ -78,11 +88,29 @@ def merge(model: Any, folders: Sequence[Path], *, allow_pickle: bool) -> Any:
 def _check(folder: Path, allow_pickle: bool) -> None:
     if not (folder / "adapter_config.json").is_file():
         raise ConfigurationError(f"{folder.name!r} is no adapter: it has no adapter_config.json.")
-    if not allow_pickle and not (folder / "adapter_model.safetensors").is_file():
-        raise ConfigurationError(
-            f"The adapter {folder.name!r} has no adapter_model.safetensors.",
-            hint="Pickled weights can run code when loaded; set allow_pickle only for an adapter you trust.",
-        )
+    check_weights(folder, allow_pickle=allow_pickle)
+
+
+def _has_tokens(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file() and bool(config_of(folder).get("trainable_token_indices"))
+
+
+def _check_used(model: Any, name: str, folder: Path) -> None:
+    """peft leaves out the weights that it finds no place for, and makes up those that are not there. ``model``: with
+    the adapter ``name``. Raises `ConfigurationError`."""
+    import peft
+
+    if not (folder / WEIGHTS).is_file():
+        return
+    wanted = set(peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    given = set(names_in(folder / WEIGHTS))
+    copies = {key for key in given - wanted if key.endswith(".base_layer.weight") or "lora" not in key.lower()}
+    for keys, what in ((given - wanted - copies, "the model has no place for its"), (wanted - given, "it lacks")):
+        if keys:
+            raise ConfigurationError(
+                f"The adapter {folder.name!r} doesn't fit the model: {what} {min(keys)}.",
+                hint="Was it made for another model?",
+            )
 
 
 def _is_plain_lora(config: Any) -> bool:
@@ -91,4 +119,7 @@ def _is_plain_lora(config: Any) -> bool:
         and not getattr(config, "use_dora", False)
         and not getattr(config, "target_parameters", None)
         and not getattr(config, "alora_invocation_tokens", None)
+        and not getattr(config, "modules_to_save", None)
+        and not getattr(config, "trainable_token_indices", None)
+        and not getattr(config, "arrow_config", None)
     )

@@ -13,6 +13,7 @@ from tokenfleet.engines.base import Sequence, TokenChunk
 from tokenfleet.engines.checks import already_over, check_sequence, check_texts
 from tokenfleet.engines.model_engine import ModelEngine
 from tokenfleet.engines.vllm_engine import compat
+from tokenfleet.engines.vllm_engine.adapters import load_all
 from tokenfleet.engines.vllm_engine.loading import LoadedVllm, load
 from tokenfleet.engines.vllm_engine.options import VllmOptions
 from tokenfleet.engines.vllm_engine.params import pooling_params, sampling_params
@@ -51,6 +52,7 @@ class VllmEngine(ModelEngine[LoadedVllm]):
             loaded.media.serve()
         try:
             self._tasks = await loaded.engine.get_supported_tasks()
+            await load_all(loaded.engine, loaded.lora)
             await warm_up(self)
         except BaseException:
             await self.close()

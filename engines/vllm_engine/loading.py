@@ -11,6 +11,7 @@ from typing import Any
 
 from tokenfleet.engines.base import EngineInfo
 from tokenfleet.engines.folders import QUANTISED, Folders, first_line, is_classifier, read_json
+from tokenfleet.engines.lora_joining import Choices, choices
 from tokenfleet.engines.options import MOST_ADAPTERS_AT_ONCE, quantised_by
 from tokenfleet.engines.rewards import RewardHead, find_value_head, no_rewards
 from tokenfleet.engines.rope import overridden
@@ -47,7 +48,7 @@ class _Parts:
 
     folders: Folders
     model: Path
-    lora: Mapping[str | None, lora.LoraFolder]
+    lora: Choices
     is_classifier: bool
     head: RewardHead | None
 
@@ -103,19 +104,13 @@ def _parts(options: VllmOptions, folders: contextlib.ExitStack) -> _Parts:
     head = find_value_head([*reversed(fixed), model]) if options.rewards else None
     if options.rewards and not is_classifier(model) and head is None:
         raise no_rewards(options.shown_name)
-    always = [lora.read(folder, allow_pickle=options.allow_pickle) for folder in fixed]
-    named: dict[str | None, list[lora.LoraFolder]] = {None: always} if always else {}
-    for name, folder in found.chosen.items():
-        named[name] = [*always, lora.read(folder, allow_pickle=options.allow_pickle)]
-    place = Path()
-    if any(len(each) > 1 for each in named.values()):
-        place = Path(folders.enter_context(tempfile.TemporaryDirectory(prefix="tokenfleet-lora-")))
-    joined = {name: lora.joined(each, place / str(i)) for i, (name, each) in enumerate(named.items())}
+    heads = lora.HEADS if is_classifier(model) else ()
+    adapters = choices(found, folders, allow_pickle=options.allow_pickle, saved=heads)
     if any(model.glob("value_head.*")):
         model = _without_head(
             model, Path(folders.enter_context(tempfile.TemporaryDirectory(prefix="tokenfleet-vllm-")))
         )
-    return _Parts(found, model, joined, is_classifier(model), head)
+    return _Parts(found, model, adapters, is_classifier(model), head)
 
 
 def _without_head(model: Path, folder: Path) -> Path:

@@ -94,6 +94,20 @@ def save_classifier(folder: Path):
     return _saved(hf.LlamaForSequenceClassification(config).eval(), folder)
 
 
+_LORAS = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "scaled": {  # each module by a number of its own
+        "use_rslora": True, "target_modules": r".*\.(q_proj|v_proj|down_proj)",
+        "rank_pattern": {"q_proj": 6, r"layers\.1\.self_attn\.v_proj": 2}, "alpha_pattern": {"v_proj": 20},
+    },
+    "saved": {"modules_to_save": ["lm_head"]},
+    "tokens": {"trainable_token_indices": [9, 10, 40]},
+    "bias": {"bias": "lora_only"},
+    "pissa": {"init_lora_weights": "pissa"},
+}  # fmt: skip
+
+
 def save_lora(model_folder: Path, folder: Path, *, seed: int = 0, kind: str = "lora"):
     """Save an adapter strong enough to change every answer; gives the model with it merged."""
     import peft
@@ -105,14 +119,14 @@ def save_lora(model_folder: Path, folder: Path, *, seed: int = 0, kind: str = "l
         config = peft.IA3Config(target_modules=modules, feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
     else:
         modules = ["q_proj", "v_proj", "down_proj"]
-        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=modules, use_dora=kind == "dora")
+        config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": modules, **_LORAS[kind]})
     adapted = peft.get_peft_model(base, config)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
-            if "lora_" in name and "magnitude" not in name:
-                parameter.normal_(0, 0.4)
-            elif "ia3_" in name:
+            if "ia3_" in name:
                 parameter.uniform_(0.2, 2.5)
+            elif parameter.requires_grad and "magnitude" not in name:
+                parameter.normal_(0, 0.4)
     adapted.save_pretrained(folder)
     return adapted.merge_and_unload().eval()
 

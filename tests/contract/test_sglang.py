@@ -48,7 +48,7 @@ def options_of(folder, **others):
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def models(tmp_path_factory):
-    """An engine with two adapters, and the plain model of each choice."""
+    """An engine with two adapters for all requests and two to choose from, and the plain model of each choice."""
     import torch
     import transformers as hf
 
@@ -58,15 +58,19 @@ async def models(tmp_path_factory):
     from tokenfleet.engines.sglang_engine import SglangEngine
 
     folder = tmp_path_factory.mktemp("sglang")
-    plain = {None: _save_llama(folder / "model", byte_level(), torch, hf)}
-    for seed, name in enumerate("ab"):
-        merged = small_models.save_lora(folder / "model", folder / name, seed=seed)
+    _save_llama(folder / "model", byte_level(), torch, hf)
+    for seed, name in enumerate("abxy"):
+        kind = "scaled" if name in "by" else "lora"
+        small_models.save_lora(folder / "model", folder / name, seed=seed, kind=kind)
+    plain, always = {}, [folder / "x", folder / "y"]
+    for name, folders in ((None, always), ("a", [*always, folder / "a"]), ("b", [*always, folder / "b"])):
+        merged = small_models.merged(folder / "model", folders)
         # Once SGLang is imported, from_pretrained leaves rotary frequencies uninitialised; the constructor doesn't.
         plain[name] = hf.LlamaForCausalLM(merged.config).eval()
         plain[name].load_state_dict(merged.state_dict())
     # So little cache, and so much hope, that four long answers together don't fit.
     tight = {"max_total_tokens": 1024, "schedule_conservativeness": 0.05}
-    engine = SglangEngine(options_of(folder, sglang_config=tight))
+    engine = SglangEngine(options_of(folder, sglang_config=tight, adapter_name_or_path=",".join(map(str, always))))
     logging.getLogger().addHandler(HANDLER)
     level = logging.getLogger().level
     await engine.start()

@@ -6,6 +6,7 @@ What every engine must do is test_engine_contract.py.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import resource
 import time
@@ -18,6 +19,8 @@ import pytest_asyncio
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+
+from safetensors.torch import load_file, save_file  # noqa: E402
 
 from tests.contract import small_models  # noqa: E402
 from tokenfleet.engines.base import Sequence  # noqa: E402
@@ -426,7 +429,8 @@ async def test_each_row_is_computed_with_its_own_adapter(tmp_path):
     folders = {name: tmp_path / name for name in ("a.1", "b")}
     models = {None: base}
     for seed, (name, folder) in enumerate(folders.items()):
-        models[name] = small_models.save_lora(tmp_path / "model", folder, seed=seed)
+        kind = "scaled" if name == "b" else "lora"
+        models[name] = small_models.save_lora(tmp_path / "model", folder, seed=seed, kind=kind)
     adapters = {name: str(folder) for name, folder in folders.items()}
     async with started(tmp_path / "model", adapters=adapters) as engine:
         assert engine.info.adapters == ("a.1", "b")
@@ -440,15 +444,52 @@ async def test_each_row_is_computed_with_its_own_adapter(tmp_path):
         assert len({tuple(ids) for ids, _ in answers}) == 3, "the adapters are too weak to show anything"
 
 
-@pytest.mark.parametrize("kind", ["dora", "ia3"])
+@pytest.mark.parametrize("kind", ["dora", "ia3", "saved", "tokens"])
 async def test_adapters_that_can_not_share_a_pass_get_batches_of_their_own(tmp_path, kind):
     models = {None: small_models.save("llama", tmp_path / "model")}
     models["x"] = small_models.save_lora(tmp_path / "model", tmp_path / "x", kind=kind)
-    async with started(tmp_path / "model", adapters={"x": str(tmp_path / "x")}) as engine:
-        wanted = [sequence(prompt(9 + i, i), new=15, adapter="x" if i % 2 else None, **GREEDY) for i in range(6)]
+    if kind != "ia3":  # peft has one kind of adapter beside a model
+        models["plain"] = small_models.save_lora(tmp_path / "model", tmp_path / "plain")
+    adapters = {name: str(tmp_path / name) for name in models if name}
+    async with started(tmp_path / "model", adapters=adapters) as engine:
+        names = itertools.cycle(models)
+        wanted = [sequence(prompt(9 + i, i), new=15, adapter=next(names), **GREEDY) for i in range(7)]
         answers = await asyncio.gather(*(answer(engine, each) for each in wanted))
         for each, (ids, _) in zip(wanted, answers, strict=True):
             assert_best(models[each.adapter], each.prompt_ids, ids)
+
+
+@pytest.mark.parametrize("kind", ["bias", "pissa"])
+async def test_an_adapter_that_changes_the_model_for_all_is_merged_but_not_chosen(tmp_path, kind):
+    small_models.save("qwen2", tmp_path / "model")
+    model = small_models.save_lora(tmp_path / "model", tmp_path / "x", kind=kind)
+    with pytest.raises(ConfigurationError, match=kind):
+        async with started(tmp_path / "model", adapters={"x": str(tmp_path / "x")}):
+            pass
+    async with started(tmp_path / "model", adapter_name_or_path=str(tmp_path / "x")) as engine:
+        ids, _ = await answer(engine, sequence(prompt(12), new=20, **GREEDY))
+        assert_best(model, prompt(12), ids)
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+@pytest.mark.parametrize("how", ["adapters", "adapter_name_or_path"])
+async def test_an_adapter_of_another_model_is_refused(tmp_path, how):
+    """peft leaves out what it has no place for: nothing of these two would be left, or half."""
+    small_models.save("llama", tmp_path / "model")
+    for family in ("gpt_neox", "deeper"):
+        if family == "deeper":
+            deeper = transformers.LlamaConfig.from_pretrained(tmp_path / "model", num_hidden_layers=5)
+            transformers.LlamaForCausalLM(deeper).save_pretrained(tmp_path / family)
+            small_models.save_lora(tmp_path / family, tmp_path / "x")
+        else:
+            small_models.save_lora(tmp_path / "model", tmp_path / "x")
+            weights = load_file(tmp_path / "x" / "adapter_model.safetensors")
+            renamed = {name.replace("model.layers", "gpt_neox.layers"): each for name, each in weights.items()}
+            save_file(renamed, tmp_path / "x" / "adapter_model.safetensors")
+        path = str(tmp_path / "x")
+        with pytest.raises(ConfigurationError, match="doesn't fit"):
+            async with started(tmp_path / "model", **{how: {"x": path} if how == "adapters" else path}):
+                pass
 
 
 async def test_adapters_are_merged_in_their_order(tmp_path):

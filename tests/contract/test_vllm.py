@@ -57,7 +57,8 @@ async def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vllm")
     _save_llama(folder / "model", byte_level(), torch, hf, head_dim=32)
     for seed, name in enumerate("abxy"):
-        small_models.save_lora(folder / "model", folder / name, seed=seed)
+        kind = "scaled" if name in "by" else "lora"
+        small_models.save_lora(folder / "model", folder / name, seed=seed, kind=kind)
     always = [folder / "x", folder / "y"]
     plain = {
         None: small_models.merged(folder / "model", always),
@@ -225,6 +226,7 @@ async def test_what_can_not_be_loaded_says_why(tmp_path):
         ({"adapters": {"a": str(tmp_path / "model")}}, "adapter"),
         ({"adapters": {"a": str(tmp_path / "lora")}, "vllm_max_lora_rank": 2}, "rank 4"),
         ({"adapter_name_or_path": two}, "use_dora"),
+        ({"adapters": {"a": str(tmp_path / "dora")}}, "use_dora"),
     ):
         with pytest.raises(ConfigurationError, match=reason):
             async with started(tmp_path / "model", infer_dtype="float16", **options):

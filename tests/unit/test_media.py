@@ -193,6 +193,8 @@ def test_qwens_videos_have_an_even_number_of_frames():
     assert len(video.frames) == len(video.indices) == 6
     video = decode([Media("video", video_file(1, frames=25))], MediaSettings(), is_qwen=True).videos[0]
     assert video.indices == (0, 6, 12, 18, 24, 24)
+    video = decode([Media("video", video_file(1, frames=7, form="matroska"))], MediaSettings(), is_qwen=True).videos[0]
+    assert (len(video.frames), video.duration_s) == (8, 3.5)  # of those that were taken, at 2 a second
 
 
 @pytest.mark.parametrize(
@@ -249,6 +251,16 @@ def test_channels_are_averaged():
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     assert decoded("audio", out.getvalue()).tolist() == [3000 / 32768] * 1600
+
+
+@pytest.mark.parametrize("rate", [22050, 44100])
+def test_a_sound_whose_rate_changes_on_the_way_is_heard_to_its_end(rate):
+    parts = [audio_file(seed, 1.0, rate=each, form="adts", codec="aac") for seed, each in ((1, 48000), (2, rate))]
+    sound = decoded("audio", b"".join(parts))
+    assert abs(len(sound) - 32000) < 4400
+    alone = decoded("audio", parts[1])
+    loudest = [np.sort(np.argsort(abs(np.fft.rfft(each[-12000:])))[-3:]) for each in (sound, alone)]
+    assert abs(loudest[0] - loudest[1]).max() <= 2
 
 
 def test_what_is_no_audio_or_too_much_of_it_is_refused():

@@ -21,7 +21,6 @@ pytestmark = pytest.mark.unit
         ({"sglang_config": '{"speculative_algorithm": "EAGLE"}'}, "speculative_algorithm"),
         ({"sglang_config": {"load_format": "pt"}}, "load_format"),
         ({"sglang_config": "{"}, "JSON"),
-        ({"adapters": {"a": "x"}, "adapter_name_or_path": "y"}, "adapters"),
         ({"quantization_method": "fp8"}, "quantization_bit"),
         ({"quantization_bit": 8, "quantization_method": "bnb"}, "bnb"),
         ({"quantization_bit": 8, "quantization": "w8a8_int8"}, "quantization"),
