@@ -45,7 +45,7 @@ def source_of(tokenizer: Tokenizer, *, has_tools: bool = False) -> str | None:
 def _compiled(source: str) -> jinja2.Template:
     try:
         return sandbox.chat_template(source)
-    except jinja2.TemplateSyntaxError as error:
+    except (jinja2.TemplateSyntaxError, SyntaxError, RecursionError, MemoryError) as error:  # Python compiles it, too
         raise ConfigurationError(f"The model's chat template is broken: {error}.", param="template") from error
 
 
@@ -173,6 +173,8 @@ def render(
         message = f"The model's chat template fails on this conversation: {type(error).__name__}: {error}"
     except RecursionError:
         message = "The prompt can't be rendered: the conversation is nested too deeply."
+    except MemoryError:
+        message = "The prompt can't be rendered: there is no memory for what the chat template makes."
     raise InvalidRequest(message, hint="Check roles, their order and tools.", param="messages")
 
 

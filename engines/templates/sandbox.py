@@ -3,18 +3,19 @@
 `snippets` compiles our own short templates, `chat_template` the one that a model brings along: the same environment as
 transformers' `apply_chat_template` (its filters, globals, blank handling and the ``generation`` tag), plus the limits.
 A template can't be stopped from outside its thread, so the limits sit inside: every round of a loop and every macro
-call looks at the clock, and whatever makes a string or list longer looks at its size.
+call looks at the clock, and whatever makes a string or list longer looks at its size (`limits`).
 """
 
 from __future__ import annotations
 
 import json
-import re
 import time
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
+from types import BuiltinMethodType
 from typing import Any
 
 import jinja2
@@ -24,14 +25,21 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
+from tokenfleet.engines.templates.limits import (
+    MAX_CHARS,
+    LimitExceeded,
+    SilentNamespace,
+    Weights,
+    bounded,
+    check_format,
+    check_method,
+    check_operator,
+    limited,
+)
+
+__all__ = ["MAX_CHARS", "LimitExceeded", "Refused", "chat_template", "render", "snippet", "to_json"]
+
 MAX_RENDER_S = 2.0
-MAX_CHARS = 16_000_000
-_MAX_BITS = 100_000  # far above any honest arithmetic of a template, far below what stalls the interpreter
-_WIDTH = re.compile(r"%[^%a-zA-Z]*\d{5}")
-
-
-class LimitExceeded(Exception):
-    """A template ran too long or made too much text."""
 
 
 class Refused(Exception):
@@ -42,6 +50,7 @@ class Refused(Exception):
 class _Budget:
     ends_s: float = field(default_factory=lambda: time.monotonic() + MAX_RENDER_S)
     now: datetime = field(default_factory=lambda: datetime.now().astimezone())
+    weights: Weights = field(default_factory=Weights)
 
     def tick(self) -> None:
         if time.monotonic() > self.ends_s:
@@ -51,16 +60,13 @@ class _Budget:
 _budget: ContextVar[_Budget] = ContextVar("render budget")
 
 
-def _bounded(value: Any) -> Any:
-    if isinstance(value, (str, list, tuple)) and len(value) > MAX_CHARS:
-        raise LimitExceeded(f"the chat template made more than {MAX_CHARS} characters")
-    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
-        raise LimitExceeded("the chat template computes with numbers that are too large")
-    return value
+def _weights() -> Weights:
+    budget = _budget.get(None)  # a filter of constants is computed while a template is compiled
+    return Weights() if budget is None else budget.weights
 
 
 class _Guards(NodeTransformer):
-    """Puts a look at the clock into every loop and macro, and one at the size around every ``~``."""
+    """Puts a look at the clock into every loop and macro, and one at the size around every ``~`` and every list."""
 
     @staticmethod
     def _tick(lineno: int) -> nodes.Output:
@@ -74,9 +80,13 @@ class _Guards(NodeTransformer):
 
     visit_For = visit_Macro = visit_CallBlock = _guard_body  # noqa: N815 # jinja2 looks for these names
 
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
+    def _bound(self, node: Any) -> Any:
         self.generic_visit(node)
+        if getattr(node, "ctx", "load") != "load":  # the names on the left of an assignment
+            return node
         return nodes.Call(nodes.EnvironmentAttribute("bounded"), [node], [], None, None, lineno=node.lineno)
+
+    visit_Concat = visit_List = visit_Tuple = visit_Dict = _bound  # noqa: N815
 
 
 class _Generation(Extension):
@@ -102,23 +112,34 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return ""
 
     def bounded(self, value: Any) -> Any:
-        return _bounded(value)
+        return bounded(value, _weights())
+
+    def call(self, context: Any, obj: Any, /, *args: Any, **named: Any) -> Any:
+        weights = _weights()
+        if isinstance(obj, BuiltinMethodType):
+            if obj.__name__ == "join" and args:
+                args = (list(args[0]), *args[1:])  # a generator's length is not known before
+            check_method(obj.__self__, obj.__name__, args, weights)
+        return bounded(super().call(context, obj, *args, **named), weights)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        formatting = super().wrap_str_format(value)
+        if formatting is None:
+            return None
+
+        def checked(*args: Any, **named: Any) -> str:
+            check_format(value.__self__, args, named, _weights())
+            return formatting(*args, **named)
+
+        return checked
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*" and isinstance(left, (str, list, tuple)) and isinstance(right, int):
-            self._refuse_if(len(left) * right > MAX_CHARS)
-        if operator == "*" and isinstance(right, (str, list, tuple)) and isinstance(left, int):
-            self._refuse_if(len(right) * left > MAX_CHARS)
-        if operator == "**" and isinstance(left, int) and isinstance(right, int):
-            self._refuse_if(left.bit_length() * abs(right) > _MAX_BITS)
-        if operator == "%" and isinstance(left, str):
-            self._refuse_if(_WIDTH.search(left) is not None)
-        return _bounded(super().call_binop(context, operator, left, right))
-
-    @staticmethod
-    def _refuse_if(is_too_much: bool) -> None:
-        if is_too_much:
-            raise LimitExceeded("the chat template asks for an absurd amount of text or digits")
+        weights = _weights()
+        check_operator(operator, left, right, weights)
+        result = super().call_binop(context, operator, left, right)
+        if operator == "+":
+            weights.note_sum(left, right, result)
+        return bounded(result, weights)
 
 
 def to_json(
@@ -143,7 +164,9 @@ def _strftime_now(pattern: str) -> str:
 def _environment(**options: Any) -> _Sandbox:
     env = _Sandbox(extensions=[_Generation, "jinja2.ext.loopcontrols"], **options)
     env.filters["tojson"] = to_json
-    env.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+    env.filters |= {name: limited(name, wanted, _weights) for name, wanted in env.filters.items()}
+    del env.globals["lipsum"]  # makes text without end
+    env.globals.update(namespace=SilentNamespace, raise_exception=_raise_exception, strftime_now=_strftime_now)
     return env
 
 

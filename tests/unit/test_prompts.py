@@ -431,6 +431,24 @@ def test_a_tokenizer_saved_by_a_trainer_cuts_no_prompt_and_fills_none_up(templat
         "{{ messages.__class__.__mro__ }}",
         "{{ messages.append(1) }}",
         "{{ cycler.__init__.__globals__ }}",
+        "{{ 'x'.ljust(99999999)|length }}",
+        "{{ 'x'.encode().ljust(99999999)|length }}",
+        "{{ 'x'|center(99999999)|length }}",
+        "{{ ['x']|map('center', 99999999)|map('length')|list }}",
+        "{{ '{:>99999999}'.format(1)|length }}",
+        "{{ '{:>{}}'.format(1, 99999999)|length }}",
+        "{{ ('%*d' % (99999999, 1))|length }}",
+        "{{ ('%(a)s' * 9999 % {'a': 'x' * 9999})|length }}",
+        "{{ ('a' * 9999).replace('a', 'b' * 9999)|length }}",
+        "{{ ('a' * 9999)|replace('a', 'b' * 9999)|length }}",
+        "{{ ('x' * 9999).join(range(9999)|map('string'))|length }}",
+        "{{ range(9999)|join('x' * 9999)|length }}",
+        "{{ [1]|slice(200000)|list|length }}",
+        "{{ messages|tojson(indent=9999999)|length }}",
+        "{{ ('a' * 9999999).split('a')|length }}",
+        "{{ lipsum(n=9) }}",
+        "{% set ns = namespace(x=[1]) %}{% for i in range(25) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+        "{% set ns = namespace(x={}) %}{% for i in range(25) %}{% set ns.x = dict(a=ns.x, b=ns.x) %}{% endfor %}",
     ],
 )
 def test_a_hostile_template_is_a_typed_error(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,11 +456,30 @@ def test_a_hostile_template_is_a_typed_error(source: str, monkeypatch: pytest.Mo
     assert error_of(None, HI, own=source).details["param"] == "messages"
 
 
+@pytest.mark.parametrize("source", [CHATML * 2 + "{% for m in messages %}" * 21 + "{% endfor %}" * 21, "{% if %}"])
+def test_a_template_that_can_not_be_compiled_is_a_typed_error(source: str) -> None:
+    with pytest.raises(ConfigurationError, match="broken"):
+        prompt_of(None, HI, own=source)
+
+
+def test_a_template_shows_no_more_of_a_namespace_than_that_it_is_one() -> None:
+    """It would show all that is in it, however often the same thing is in there."""
+    source = (
+        "{% set ns = namespace(a=1) %}{% for i in range(40) %}{% set t = namespace() %}{% set t.a = ns.a %}"
+        "{% set t.b = ns.a %}{% set ns.a = t %}{% endfor %}{{ ns.a }}"
+    )
+    assert prompt_of(None, HI, own=source).text == "<Namespace>"
+
+
 def test_the_limits_leave_ordinary_templates_alone() -> None:
     source = "{% generation %}{% for m in messages %}{{ loop.index ~ m.content | trim }}{% break %}!"
     source += "{% endfor %}{% endgeneration %}"
     assert sandbox.render(sandbox.chat_template(source), {"messages": [{"content": " é "}]}) == "1é"
     assert sandbox.render(sandbox.chat_template("{{ {'a': '<é>'} | tojson }}\n"), {}) == '{"a": "<é>"}'
+    source = "{% set ns = namespace(l=[]) %}{% for m in messages %}{% set ns.l = ns.l + [m] %}{% endfor %}"
+    source += "{{ ns.l|length }}"
+    messages = [{"role": "user", "content": "x" * 1000} for _ in range(4000)]
+    assert sandbox.render(sandbox.chat_template(source), {"messages": messages}) == "4000"
     with pytest.raises(jinja2.UndefinedError):
         sandbox.render(sandbox.snippet("{{ nothing }}"), {})
 
