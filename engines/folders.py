@@ -17,6 +17,7 @@ from tokenfleet.engines.base import EngineInfo
 from tokenfleet.engines.digests import folder_digest
 from tokenfleet.engines.media.settings import MediaSettings
 from tokenfleet.engines.options import ModelOptions
+from tokenfleet.engines.tensors import names_in
 from tokenfleet.wire.errors import ConfigurationError
 
 QUANTISED = "quantization_config"
@@ -118,6 +119,29 @@ def architectures(model: Path) -> tuple[str, ...]:
 def is_classifier(model: Path) -> bool:
     """Whether it gives scores by itself, and no text."""
     return any(name.endswith("ForSequenceClassification") for name in architectures(model))
+
+
+def check_scores(model: Path, label: str) -> None:
+    """Raises `ConfigurationError` for a classifier with several labels: which of them were the score?"""
+    config = read_json(model / "config.json")
+    labels = config.get("num_labels", len(config.get("id2label") or (0, 1)))  # transformers' own default are two
+    if is_classifier(model) and labels != 1:
+        raise ConfigurationError(
+            f"{label!r} is a classifier with {labels} labels, which gives no score.", hint="A reward model has one."
+        )
+
+
+def check_weights(model: Path, label: str, *, allow_pickle: bool) -> None:
+    """Raises `ConfigurationError` for a model that only pickles hold, or of which a file is cut, before an engine takes
+    half a minute to start."""
+    files = [file for file in sorted(model.glob("*.safetensors")) if not file.name.startswith("value_head.")]
+    if not allow_pickle and not files:
+        raise ConfigurationError(
+            f"The model {label!r} has no safetensors weights.",
+            hint="Pickled weights can run code when loaded; set allow_pickle only for a model you trust.",
+        )
+    for file in files:
+        names_in(file)
 
 
 def has_processor(model: Path) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenfleet.engines.tensors import shapes_in
 from tokenfleet.wire.errors import ConfigurationError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -130,7 +131,7 @@ def _pair_shapes(adapter: LoraFolder) -> dict[str, tuple[list[int], list[int]]]:
     """Module → shapes of A ``[r, in]`` and B ``[out, r]``; empty for pickles. Raises `ConfigurationError`."""
     if not (adapter.path / WEIGHTS).is_file():
         return {}
-    shapes = dict(_shapes_of(adapter.path / WEIGHTS))
+    shapes = dict(shapes_in(adapter.path / WEIGHTS))
     found = {}
     for name, a in shapes.items():
         module, _, part = name.partition(".lora_A.weight")
@@ -143,39 +144,10 @@ def _pair_shapes(adapter: LoraFolder) -> dict[str, tuple[list[int], list[int]]]:
     return found
 
 
-def names_in(file: Path) -> list[str]:
-    """Of the tensors in a file of safetensors. Raises `ConfigurationError`."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "pt") as tensors:
-            return list(tensors.keys())
-    except SafetensorError as error:
-        raise _broken(file, error) from error
-
-
 def _shapes(model: Path) -> Iterator[tuple[str, list[int]]]:
     for file in model.glob("*.safetensors"):
         if not file.name.startswith(("value_head.", "adapter_")):
-            yield from _shapes_of(file)
-
-
-def _shapes_of(file: Path) -> Iterator[tuple[str, list[int]]]:
-    """Of all tensors of real numbers: packed ones have shapes of their own."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  # no mapping
-                tensor = tensors.get_slice(name)
-                if tensor.get_dtype().startswith(("F", "BF")):
-                    yield name, list(tensor.get_shape())
-    except SafetensorError as error:
-        raise _broken(file, error) from error
-
-
-def _broken(file: Path, error: Exception) -> ConfigurationError:
-    return ConfigurationError(f"{file.name} in {file.parent.name!r} can't be read: {error}")
+            yield from shapes_in(file)
 
 
 def _no_adapter(folder: Path) -> ConfigurationError:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tokenfleet.engines.tensors import names_in
 from tokenfleet.wire.errors import ConfigurationError
 
 _SAFE, _PICKLED = "value_head.safetensors", "value_head.bin"  # as trl and LLaMA-Factory save them
@@ -28,6 +29,14 @@ class RewardHead:
         bias = None if self.bias is None else self.bias.to(hidden.device)
         return torch.nn.functional.linear(hidden.float(), weight, bias)[:, 0]
 
+    def check_width(self, hidden_size: int) -> None:
+        """Raises `ConfigurationError` for the head of another model."""
+        if self.weight.shape[1] != hidden_size:
+            raise ConfigurationError(
+                f"The value head takes {self.weight.shape[1]} numbers, and the model gives {hidden_size}.",
+                hint="Was it made for another model?",
+            )
+
 
 def no_rewards(label: str) -> ConfigurationError:
     """For ``rewards`` with a model that gives none."""
@@ -43,6 +52,7 @@ def find_value_head(folders: Sequence[Path]) -> RewardHead | None:
         if (folder / _SAFE).is_file():
             from safetensors.torch import load_file
 
+            names_in(folder / _SAFE)
             return _value_head(load_file(folder / _SAFE))
         if (folder / _PICKLED).is_file():
             return _value_head(_unpickled(folder / _PICKLED))

@@ -75,6 +75,7 @@ def _frames(
     frames: list[Image] = []
     indices: list[int] = []
     left = set(wanted)
+    size: tuple[int, int] | None = None
     for number, frame in enumerate(container.decode(stream)):
         deadline.check()
         if number >= settings.media_max_frames:
@@ -84,6 +85,9 @@ def _frames(
             )
         if number in left:
             _check_size(frame.width, frame.height, settings)
+            size = size or (frame.width, frame.height)
+            if size != (frame.width, frame.height):
+                raise invalid("The video's frames change their size on the way.", "Code it with one size.")
             image = frame.to_image()
             frames.append(resized(image, settings.video_max_pixels, settings.video_min_pixels, is_qwen=is_qwen))
             indices.append(number)

@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from tokenfleet.engines.base import EngineInfo
-from tokenfleet.engines.folders import Folders, architectures, first_line, is_classifier
+from tokenfleet.engines.folders import (
+    Folders,
+    architectures,
+    check_scores,
+    check_weights,
+    first_line,
+    is_classifier,
+)
 from tokenfleet.engines.lora_joining import choices
 from tokenfleet.engines.options import MOST_ADAPTERS_AT_ONCE, quantised_by
 from tokenfleet.engines.rope import overridden
@@ -42,6 +49,9 @@ def load(options: SglangOptions) -> LoadedSglang:
 
     folders, label = Folders.of(options), options.shown_name
     folder = folders.model
+    if options.sglang_config.get("load_format") != "dummy":
+        check_weights(folder, label, allow_pickle=options.allow_pickle)
+    check_scores(folder, label)
     if options.rewards and not _gives_scores(folder):
         raise ConfigurationError(
             f"rewards: {label!r} is no sequence classifier.", hint="A value head is for transformers or vLLM."

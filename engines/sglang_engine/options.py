@@ -13,10 +13,12 @@ OWN = frozenset(
         "model_path", "tokenizer_path", "skip_tokenizer_init", "tokenizer_worker_num", "enable_lora",
         "lora_paths", "sampling_backend", "grammar_backend", "enable_custom_logit_processor", "stream_interval",
         "incremental_streaming_output", "speculative_algorithm", "is_embedding", "allow_auto_truncate",
+        "preferred_sampling_params", "constrained_json_whitespace_pattern", "constrained_json_disable_any_whitespace",
     }
 )  # fmt: skip
 """Arguments of SGLang that ``sglang_config`` may not name: they have an option here, or another value would change
-what a request means. A speculative algorithm samples in kernels of its own, past our sampler."""
+what a request means, or none would do anything (SGLang's grammars are off). A speculative algorithm samples in kernels
+of its own, past our sampler."""
 
 NAMES: Final = {
     "context_length": "sglang_maxlen", "mem_fraction_static": "sglang_mem_fraction", "tp_size": "sglang_tp_size",

@@ -67,10 +67,11 @@ class Expansion:
             return list(pieces)
         if template is not None and template.media.get("plugin") in _BEFORE:
             return ["".join(self.texts.get("image", ())), *pieces]
-        kinds = {token: kind for kind, token in self.tokens.items() if self.texts.get(kind)}
+        # Of a kind of which nothing is given, too: a model would look for the medium.
+        kinds = {token: kind for kind, token in self.tokens.items()}
         if not kinds:
             return list(pieces)
-        left = {kind: iter(self.texts[kind]) for kind in kinds.values()}
+        left = {kind: iter(self.texts.get(kind, ())) for kind in kinds.values()}
         found = dict.fromkeys(kinds.values(), 0)
 
         def written(match: re.Match[str]) -> str:
@@ -81,7 +82,7 @@ class Expansion:
         pattern = re.compile("|".join(map(re.escape, kinds)))
         result = [pattern.sub(written, piece) if isinstance(piece, str) else piece for piece in pieces]
         for kind, count in found.items():
-            given = len(self.texts[kind])
+            given = len(self.texts.get(kind, ()))
             if count != given:
                 raise InvalidRequest(
                     f"The prompt has {count} places for {given} {kind} parts.",

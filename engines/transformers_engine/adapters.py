@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenfleet.engines.lora import WEIGHTS, changes_model, check_weights, config_of, names_in
+from tokenfleet.engines.lora import WEIGHTS, changes_model, check_weights, config_of
+from tokenfleet.engines.tensors import names_in
 from tokenfleet.wire.errors import ConfigurationError
 
 
@@ -89,6 +90,8 @@ def _check(folder: Path, allow_pickle: bool) -> None:
     if not (folder / "adapter_config.json").is_file():
         raise ConfigurationError(f"{folder.name!r} is no adapter: it has no adapter_config.json.")
     check_weights(folder, allow_pickle=allow_pickle)
+    if (folder / WEIGHTS).is_file():
+        names_in(folder / WEIGHTS)
 
 
 def _has_tokens(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from tokenfleet.engines.base import EngineInfo
 from tokenfleet.engines.families import cell_of, kinds_given
-from tokenfleet.engines.folders import Folders, is_classifier
+from tokenfleet.engines.folders import Folders, check_scores, check_weights, is_classifier
 from tokenfleet.engines.media.positions import go_on_after_videos
 from tokenfleet.engines.media.processing import MediaProcessor, Prepared, load_processor
 from tokenfleet.engines.rewards import RewardHead, classifier_head, find_value_head, no_rewards
@@ -170,6 +170,8 @@ def load(options: TransformersOptions) -> LoadedModel:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     folders = Folders.of(options)
     folder, merged, chosen = folders.model, folders.fixed, folders.chosen
+    check_weights(folder, options.shown_name, allow_pickle=options.allow_pickle)
+    check_scores(folder, options.shown_name)
     device = _device(options)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
@@ -193,6 +195,8 @@ def load(options: TransformersOptions) -> LoadedModel:
     model = merge(model, merged, allow_pickle=options.allow_pickle)
     model.eval().requires_grad_(False)
     head = find_value_head([*reversed(merged), folder]) if model.can_generate() else classifier_head(model)
+    if head is not None:
+        head.check_width(model.config.get_text_config().hidden_size)
     if options.rewards and head is None:
         raise no_rewards(options.shown_name)
     choice = AdapterChoice(model, chosen, allow_pickle=options.allow_pickle) if chosen else None

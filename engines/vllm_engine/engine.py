@@ -95,12 +95,13 @@ class VllmEngine(ModelEngine[LoadedVllm]):
             return compat.token_prompt(list(ids))
         assert self._started.media is not None
         prompt = await self._started.media.prompt(ids, sequence.media)
-        tokens, room = len(prompt["prompt_token_ids"]), self.info.context_tokens
-        if tokens >= room:
+        tokens, room = len(prompt["prompt_token_ids"]) - len(sequence.delivered_ids), self.info.context_tokens
+        if tokens + sequence.max_new_tokens > room:
             raise ContextLengthExceeded(
-                f"The prompt has {tokens} tokens with its media; there is room for {room}.",
+                f"The prompt has {tokens} tokens with its media; with {sequence.max_new_tokens} new ones that is more "
+                f"than the {room} there is room for.",
                 hint="Send fewer or smaller media.",
-                prompt_tokens=tokens - len(sequence.delivered_ids),
+                prompt_tokens=tokens,
                 max_new_tokens=sequence.max_new_tokens,
                 context_tokens=room,
             )

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from tokenfleet.engines.base import EngineInfo
-from tokenfleet.engines.folders import QUANTISED, Folders, first_line, is_classifier, read_json
+from tokenfleet.engines.folders import (
+    QUANTISED,
+    Folders,
+    check_scores,
+    check_weights,
+    first_line,
+    is_classifier,
+    read_json,
+)
 from tokenfleet.engines.lora_joining import Choices, choices
 from tokenfleet.engines.options import MOST_ADAPTERS_AT_ONCE, quantised_by
 from tokenfleet.engines.rewards import RewardHead, find_value_head, no_rewards
@@ -101,6 +109,8 @@ def load(options: VllmOptions) -> LoadedVllm:
 def _parts(options: VllmOptions, folders: contextlib.ExitStack) -> _Parts:
     found = Folders.of(options)
     model, fixed = found.model, found.fixed
+    check_weights(model, options.shown_name, allow_pickle=options.allow_pickle)
+    check_scores(model, options.shown_name)
     head = find_value_head([*reversed(fixed), model]) if options.rewards else None
     if options.rewards and not is_classifier(model) and head is None:
         raise no_rewards(options.shown_name)
@@ -140,6 +150,8 @@ def _started(parts: _Parts, options: VllmOptions) -> tuple[Any, Any]:
         raise ConfigurationError(f"vllm_config has what vLLM {vllm.__version__} does not know: {error}") from error
     except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
         raise ConfigurationError(f"The model {label!r} can't be loaded by vLLM: {first_line(error)}") from error
+    if parts.head is not None:
+        parts.head.check_width(config.model_config.get_hidden_size())
     try:
         return AsyncLLM.from_vllm_config(config, disable_log_stats=True), tokenizer
     except (RuntimeError, EngineDeadError) as error:  # the core's own reason is in its output, above

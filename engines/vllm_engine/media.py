@@ -59,7 +59,7 @@ class VllmMedia:
         Raises `InvalidRequest`, also for the model's own token where no medium stands: vLLM would put one there."""
         for kind, token in self._ids.items():
             given = sum(medium.kind == kind for medium in media)
-            if given and ids.count(token) > given:
+            if ids.count(token) > given:
                 raise invalid(
                     f"The prompt has {ids.count(token)} places for {given} {kind} parts.",
                     f"Don't write the model's own token for {kind}s in a text.",

@@ -12,7 +12,7 @@ OWN = frozenset(
     {
         "model", "tokenizer", "skip_tokenizer_init", "runner", "convert", "enable_lora", "logits_processors",
         "generation_config", "override_generation_config", "logprobs_mode", "speculative_config", "load_format",
-        "quantization", "pooler_config",
+        "quantization", "pooler_config", "worker_extension_cls",
     }
 )  # fmt: skip
 """Arguments of vLLM that ``vllm_config`` may not name: they have an option here, or another value would change

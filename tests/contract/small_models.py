@@ -88,9 +88,9 @@ def save_stateful(folder: Path):
     return _saved(hf.MambaForCausalLM(config), folder)
 
 
-def save_classifier(folder: Path):
+def save_classifier(folder: Path, labels: int = 1):
     torch.manual_seed(4)
-    config = hf.LlamaConfig(**{**_SIZE, "head_dim": 16}, num_labels=1)  # Triton's least
+    config = hf.LlamaConfig(**{**_SIZE, "head_dim": 16}, num_labels=labels)  # Triton's least
     return _saved(hf.LlamaForSequenceClassification(config).eval(), folder)
 
 
@@ -158,6 +158,14 @@ def save_value_head(model, folder: Path, form: str, *, seed: int = 5):
         return (out.hidden_states[-1][0, -1] @ weight[0] + bias[0]).item()
 
     return expected
+
+
+def pickle_weights(folder: Path):
+    """Put the weights of the model in ``folder`` into a pickle."""
+    from safetensors.torch import load_file
+
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
 
 
 def folder_of(name: str) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
+import re
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
@@ -29,6 +30,7 @@ from tokenfleet.engines.media import MediaSettings  # noqa: E402
 from tokenfleet.engines.media.processing import MediaProcessor, load_processor  # noqa: E402
 from tokenfleet.engines.prompts import RenderedPrompt, renderer  # noqa: E402
 from tokenfleet.engines.registry import Loaded, ModelSettings, load  # noqa: E402
+from tokenfleet.engines.support import CONTINUATION  # noqa: E402
 from tokenfleet.wire.chat import GenerationParams  # noqa: E402
 from tokenfleet.wire.errors import ConfigurationError, ContextLengthExceeded, InvalidRequest  # noqa: E402
 
@@ -200,6 +202,13 @@ async def test_media_are_seen_and_heard_as_transformers_does(it):
     drawn = replace(asked[3][1], params=it.params(temperature=1.5, top_p=1.0, top_k=-1))
     one, other, again = await asyncio.gather(*(it.run(replace(drawn, seed=seed)) for seed in (1, 2, 1)))
     assert one == again != other
+    cut = await it.run(replace(drawn, seed=1, delivered_ids=tuple(one[:5])))
+    assert cut == one or (CONTINUATION[it.engine_name].get("seed") == "valid" and cut[:5] == one[:5])
+    form = GenerationParams(do_sample=False, response_format={"type": "regex", "pattern": "[ab]{9}"})
+    shaped = replace(asked[3][1], params=form, max_new_tokens=20, eos_ids=frozenset({1}))
+    ids = await it.run(shaped)
+    assert re.fullmatch("[ab]{9}", it.plain.tokenizer.decode(ids, skip_special_tokens=True))
+    assert await it.run(replace(shaped, delivered_ids=tuple(ids[:3]))) == ids
 
 
 async def test_a_penalty_counts_what_a_text_has_and_not_what_an_image_is_told_apart_by(it):
@@ -242,6 +251,8 @@ async def test_what_can_not_be_shown_to_a_model_is_refused_and_hurts_nobody(it):
         "more words": ([word * 2, kind], [one]),
         "the model's own token": ([f"{it.plain.tokens[kind] * 2} and", kind], [one]),
     }
+    for foreign in set(it.plain.modalities) - {kind}:
+        wrong["its token for another kind"] = ([f"{it.plain.tokens[foreign]} and", kind], [one])
     for name, (content, media) in wrong.items():
         with pytest.raises(InvalidRequest) as caught:
             await it.asked(content, media)
@@ -259,6 +270,14 @@ async def test_what_can_not_be_shown_to_a_model_is_refused_and_hurts_nobody(it):
         resolve_max_new_tokens(sequence.params, long.tokens, it.engine.info.context_tokens)
     with pytest.raises(ContextLengthExceeded):
         await it.run(sequence)
+    # To the last token that fits and no further.
+    prompt, sequence = await it.asked([kind, "What is this?"], [one])
+    room = it.engine.info.context_tokens - prompt.tokens
+    assert len(await it.run(replace(sequence, max_new_tokens=room))) == room
+    with pytest.raises(ContextLengthExceeded):
+        await it.run(replace(sequence, max_new_tokens=room + 1))
+    with pytest.raises(ContextLengthExceeded):
+        await it.run(replace(sequence, max_new_tokens=room + 1, delivered_ids=tuple(range(40, 48))))
     assert len(await running) == 40
     await it.engine.check()
 

@@ -222,6 +222,23 @@ async def test_bits_on_a_cpu_are_refused(tmp_path):
             await SglangEngine(options_of(tmp_path, quantization_bit=bits)).start()
 
 
+async def test_what_can_not_be_loaded_says_why(tmp_path):
+    from tests.contract import small_models
+    from tokenfleet.engines.sglang_engine import SglangEngine
+
+    small_models.save("llama", tmp_path / "model")
+    small_models.save_lora(tmp_path / "model", tmp_path / "a", kind="dora")
+    with pytest.raises(ConfigurationError, match="use_dora"):
+        await SglangEngine(options_of(tmp_path)).start()
+    (tmp_path / "a").rename(tmp_path / "unused")
+    small_models.pickle_weights(tmp_path / "model")
+    with pytest.raises(ConfigurationError, match="safetensors"):
+        await SglangEngine(options_of(tmp_path)).start()
+    small_models.save_classifier(tmp_path / "model", labels=3)
+    with pytest.raises(ConfigurationError, match="3 labels"):
+        await SglangEngine(options_of(tmp_path)).start()
+
+
 async def test_a_sequence_classifier_scores_with_stretched_positions_and_writes_nothing(tmp_path):
     import torch
     import transformers as hf

@@ -414,11 +414,26 @@ async def test_what_can_not_be_loaded_says_why(tmp_path):
         with pytest.raises(ConfigurationError, match=reason):
             async with started(tmp_path, **options):
                 pass
-    torch.save({}, tmp_path / "pytorch_model.bin")
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ConfigurationError, match="safetensors"):
-        async with started(tmp_path):
-            pass
+    head = {"v_head.summary.weight": torch.zeros(1, 48)}
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    for broken, reason in (
+        (lambda: torch.save(head, tmp_path / "value_head.bin"), "takes 48 numbers"),
+        (lambda: (tmp_path / "value_head.safetensors").write_bytes(b"x" * 50), r"value_head\.safetensors"),
+        (lambda: (tmp_path / "model.safetensors").write_bytes(weights[:-9]), r"model\.safetensors .* can't be read"),
+        (lambda: small_models.pickle_weights(tmp_path), "no safetensors"),
+    ):
+        (tmp_path / "model.safetensors").write_bytes(weights)
+        broken()
+        with pytest.raises(ConfigurationError, match=reason):
+            async with started(tmp_path):
+                pass
+    small_models.save("llama", tmp_path / "other")
+    small_models.save_lora(tmp_path / "other", tmp_path / "x")
+    (tmp_path / "x" / "adapter_model.safetensors").write_bytes(b"x" * 50)
+    for options in ({"adapters": {"x": str(tmp_path / "x")}}, {"adapter_name_or_path": str(tmp_path / "x")}):
+        with pytest.raises(ConfigurationError, match=r"adapter_model\.safetensors"):
+            async with started(tmp_path / "other", **options):
+                pass
 
 
 # -- adapters and heads -----------------------------------------------------------------------------------------------
@@ -561,6 +576,13 @@ async def test_a_sequence_classifier_scores_and_does_not_generate(tmp_path):
             await answer(engine, sequence([1, 2]))
         with pytest.raises(ContextLengthExceeded):
             await engine.score([tuple(prompt(600))])
+
+
+async def test_a_classifier_with_several_labels_gives_no_score(tmp_path):
+    small_models.save_classifier(tmp_path, labels=3)
+    with pytest.raises(ConfigurationError, match="3 labels"):
+        async with started(tmp_path):
+            pass
 
 
 async def test_a_model_without_a_head_does_not_score(smol):

@@ -232,6 +232,13 @@ async def test_what_can_not_be_loaded_says_why(tmp_path):
             async with started(tmp_path / "model", infer_dtype="float16", **options):
                 pass
     if not torch.cuda.is_available():
-        with pytest.raises(ConfigurationError, match="on a CPU"):
-            async with started(tmp_path / "model", quantization_bit=8):
+        for bits in (4, 8):
+            with pytest.raises(ConfigurationError, match="on a CPU"):
+                async with started(tmp_path / "model", quantization_bit=bits):
+                    pass
+    small_models.save_classifier(tmp_path / "classes", labels=3)
+    small_models.pickle_weights(tmp_path / "model")
+    for name, reason in (("classes", "3 labels"), ("model", "safetensors")):
+        with pytest.raises(ConfigurationError, match=reason):
+            async with started(tmp_path / name):
                 pass

@@ -253,6 +253,12 @@ def test_channels_are_averaged():
     assert decoded("audio", out.getvalue()).tolist() == [3000 / 32768] * 1600
 
 
+def test_frames_that_change_their_size_are_refused():
+    parts = [video_file(seed, 25, size, 25, "mpegts", "mpeg2video") for seed, size in ((1, (64, 48)), (2, (32, 96)))]
+    assert decoded("video", parts[0]).frames
+    assert code_of("video", b"".join(parts)) == "invalid_media"
+
+
 @pytest.mark.parametrize("rate", [22050, 44100])
 def test_a_sound_whose_rate_changes_on_the_way_is_heard_to_its_end(rate):
     parts = [audio_file(seed, 1.0, rate=each, form="adts", codec="aac") for seed, each in ((1, 48000), (2, rate))]

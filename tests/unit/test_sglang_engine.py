@@ -20,6 +20,7 @@ pytestmark = pytest.mark.unit
         ({"sglang_config": {"sampling_backend": "flashinfer"}}, "sampling_backend"),
         ({"sglang_config": '{"speculative_algorithm": "EAGLE"}'}, "speculative_algorithm"),
         ({"sglang_config": {"load_format": "pt"}}, "load_format"),
+        ({"sglang_config": {"preferred_sampling_params": '{"min_new_tokens": 9}'}}, "preferred_sampling_params"),
         ({"sglang_config": "{"}, "JSON"),
         ({"quantization_method": "fp8"}, "quantization_bit"),
         ({"quantization_bit": 8, "quantization_method": "bnb"}, "bnb"),

@@ -56,6 +56,7 @@ def test_vllm_config_is_a_mapping_or_json():
     [
         ({"vllm_config": {"dtype": "float16"}, "infer_dtype": "float32"}, "dtype"),
         ({"vllm_config": {"speculative_config": {}}}, "speculative_config"),
+        ({"vllm_config": {"worker_extension_cls": "a.B"}}, "worker_extension_cls"),
         ({"vllm_config": "max_num_seqs"}, "JSON"),
         ({"vllm_config": {"quantization": "fp8"}}, "quantization"),
         ({"quantization_method": "fp8"}, "quantization_bit"),
