@@ -61,14 +61,13 @@ def _tile(scores, start, vocab, tile: tl.constexpr):
 @triton.jit
 def _greatest(scores, vocab, tile: tl.constexpr):
     """The greatest score, and its first place."""
-    top, best = tl.full((), -float("inf"), tl.float32), tl.full((), 0, tl.int32)
+    best, at = tl.full((tile,), -float("inf"), tl.float32), tl.full((tile,), 0, tl.int32)
     for start in range(0, vocab, tile):
         places, values = _tile(scores, start, vocab, tile)
-        highest = tl.max(values)
-        if highest > top:
-            top = highest
-            best = tl.min(tl.where(values == highest, places, vocab))
-    return top, best
+        at = tl.where(values > best, places, at)
+        best = tl.maximum(best, values)
+    top = tl.max(best)
+    return top, tl.min(tl.where(best == top, at, vocab))
 
 
 @triton.jit
@@ -76,35 +75,52 @@ def _search(scores, vocab, top, low, scale, target, tile: tl.constexpr):
     """The greatest score such that those not below it have ``target`` of weight or more, or all of them, down to
     ``low``; and the weight of those above it. With ``scale`` 0 each weighs 1."""
     high, high_above = top, tl.full((), 0.0, tl.float64)
+    nothing, none = tl.full((tile,), float("inf"), tl.float32), tl.full((tile,), -float("inf"), tl.float32)
     while low < high:
-        middle = low + (high - low) * 0.5
-        if middle >= high:  # neighbours
-            middle = low
-        above = tl.full((), 0.0, tl.float64)
-        upper, lower = top, tl.full((), -float("inf"), tl.float32)
+        quarter = (high - low) * 0.25
+        first, second, third = low + quarter, low + quarter * 2, low + quarter * 3
+        first = tl.where(first < high, first, low)  # neighbours
+        second, third = tl.where(second < high, second, low), tl.where(third < high, third, low)
+        weight_1, weight_2, weight_3 = tl.zeros_like(none), tl.zeros_like(none), tl.zeros_like(none)
+        upper_1, upper_2, upper_3 = nothing, nothing, nothing
+        lower_1, lower_2, lower_3 = none, none, none
         for start in range(0, vocab, tile):
             _, values = _tile(scores, start, vocab, tile)
-            is_above = values > middle
             weights = tl.exp2((values - top) * scale)
-            above += tl.sum(tl.where(is_above, weights, 0.0)).to(tl.float64)
-            upper = tl.minimum(upper, tl.min(tl.where(is_above, values, float("inf"))))
-            lower = tl.maximum(lower, tl.max(tl.where(is_above, -float("inf"), values)))
-        if above >= target:
-            low = upper
+            weight_1, upper_1, lower_1 = _split(values, weights, first, weight_1, upper_1, lower_1)
+            weight_2, upper_2, lower_2 = _split(values, weights, second, weight_2, upper_2, lower_2)
+            weight_3, upper_3, lower_3 = _split(values, weights, third, weight_3, upper_3, lower_3)
+        above_1, above_2 = tl.sum(weight_1).to(tl.float64), tl.sum(weight_2).to(tl.float64)
+        above_3 = tl.sum(weight_3).to(tl.float64)
+        if above_3 >= target:
+            low = tl.min(upper_3)
+        elif above_2 >= target:
+            low, high, high_above = tl.min(upper_2), tl.max(lower_3), above_3
+        elif above_1 >= target:
+            low, high, high_above = tl.min(upper_1), tl.max(lower_2), above_2
         else:
-            high, high_above = lower, above
+            high, high_above = tl.max(lower_1), above_1
     return low, high_above
+
+
+@triton.jit
+def _split(values, weights, border, weight, upper, lower):
+    """Of what is above ``border`` the weight and the least, of the others the greatest, beside what came before."""
+    is_above = values > border
+    weight += tl.where(is_above, weights, 0.0)
+    upper = tl.minimum(upper, tl.where(is_above, values, float("inf")))
+    return weight, upper, tl.maximum(lower, tl.where(is_above, -float("inf"), values))
 
 
 @triton.jit
 def _measure(scores, vocab, top, least, scale, tile: tl.constexpr):
     """The weight of scores above ``least``, and how many are equal to it."""
-    above, equal = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
+    above, equal = tl.full((tile,), 0.0, tl.float32), tl.full((tile,), 0.0, tl.float32)
     for start in range(0, vocab, tile):
         _, values = _tile(scores, start, vocab, tile)
-        above += tl.sum(tl.where(values > least, tl.exp2((values - top) * scale), 0.0)).to(tl.float64)
-        equal += tl.sum((values == least).to(tl.float32)).to(tl.float64)
-    return above, equal
+        above += tl.where(values > least, tl.exp2((values - top) * scale), 0.0)
+        equal += (values == least).to(tl.float32)
+    return tl.sum(above).to(tl.float64), tl.sum(equal).to(tl.float64)
 
 
 @triton.jit
@@ -112,14 +128,16 @@ def _last(scores, vocab, least, ties, tile: tl.constexpr):
     """The place of the last of ``ties`` scores that are equal to ``least``."""
     last, seen = vocab.to(tl.int32), tl.full((), 0.0, tl.float64)
     if ties < vocab:
-        for start in range(0, vocab, tile):
-            places, values = _tile(scores, start, vocab, tile)
-            is_equal = (values == least).to(tl.int32)
-            count = tl.sum(is_equal).to(tl.float64)
-            if (seen < ties) & (seen + count >= ties):
-                is_last = tl.cumsum(is_equal, 0).to(tl.float64) + seen >= ties
-                last = tl.min(tl.where(is_last & (is_equal > 0), places, vocab))
-            seen += count
+        _, equal = _measure(scores, vocab, least, least, 0.0, tile)
+        if ties < equal:
+            for start in range(0, vocab, tile):
+                places, values = _tile(scores, start, vocab, tile)
+                is_equal = (values == least).to(tl.int32)
+                count = tl.sum(is_equal).to(tl.float64)
+                if (seen < ties) & (seen + count >= ties):
+                    is_last = tl.cumsum(is_equal, 0).to(tl.float64) + seen >= ties
+                    last = tl.min(tl.where(is_last & (is_equal > 0), places, vocab))
+                seen += count
     return last
 
 

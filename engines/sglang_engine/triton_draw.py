@@ -2,8 +2,8 @@
 
 Some forty launches a step were a sixth of a small model's step, all of it the scheduler's time; and sorting a whole
 vocabulary for top_p took longer than the model. Here each row is one program. It finds the lowest score that is kept by
-halving the range between scores that are there, then the place where the row's number falls among the weights of those
-kept, in the order of ids. Of candidates with the same score the first are kept.
+quartering the range between scores that are there, then the place where the row's number falls among the weights of
+those kept, in the order of ids. Of candidates with the same score the first are kept.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from tokenfleet.engines.sglang_engine import draw_kernel, uniform
 from tokenfleet.engines.sglang_engine.tensors import columns
 
-_TILE = 8192
+_TILE = 4096
 _WARPS = 16
 
 
