@@ -18,7 +18,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit(do_not_specialize=["stride", "vocab"])
 def draw(scores, positions, floats, whole, ids, stride, vocab, tile: tl.constexpr):
-    """``floats``: temperature, top_p, min_p of each row; ``whole``: top_k, its stream, the tokens before its first."""
+    """``floats``: temperature, top_p, min_p of each row; ``whole``: top_k, its key, the tokens before its first."""
     row = tl.program_id(0).to(tl.int64)
     scores += row * stride
     temperature, top_p, min_p = tl.load(floats + row * 3), tl.load(floats + row * 3 + 1), tl.load(floats + row * 3 + 2)
@@ -172,10 +172,14 @@ def _weights(scores, start, vocab, top, least, last, scale, tile: tl.constexpr):
 
 
 @triton.jit
-def _uniform(stream, index):
-    """`uniform.uniform`."""
-    mixed = stream + index * _STEP
-    mixed = (mixed ^ ((mixed >> 30) & 0x3FFFFFFFF)) * _FIRST
-    mixed = (mixed ^ ((mixed >> 27) & 0x1FFFFFFFFF)) * _SECOND
-    mixed = mixed ^ ((mixed >> 31) & 0x1FFFFFFFF)
+def _uniform(key, index):
+    """`uniform.uniform` of the key's stream."""
+    mixed = _mixed(_mixed(key) + _STEP + index * _STEP)
     return ((mixed >> 11) & 0x1FFFFFFFFFFFFF).to(tl.float64) * 1.1102230246251565e-16
+
+
+@triton.jit
+def _mixed(x):
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _FIRST
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _SECOND
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)

@@ -11,18 +11,21 @@ from tokenfleet.engines.sglang_engine.tensors import placed
 
 _STATE = "tokenfleet_history"
 
+PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+"""What leaves the scores as they are."""
+
 
 class History:
     """Counts of the ids of those rows that have a penalty. Each row's counts live on with its request: when the batch
     changes, the new batch's are stacked from them."""
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], vocab_size: int, device: torch.device) -> None:
-        places = [place for place, row in enumerate(rows) if any(name in row for name in _NEUTRAL)]
+        places = [place for place, row in enumerate(rows) if any(name in row for name in PENALTIES)]
         self.is_needed = bool(places)
         if not places:
             return
         self._places = placed(places, torch.int64, device)
-        values = [[rows[place].get(name, value) for name, value in _NEUTRAL.items()] for place in places]
+        values = [[rows[place].get(name, value) for name, value in PENALTIES.items()] for place in places]
         self._repetition, self._presence, self._frequency = placed(values, torch.float32, device).split(1, dim=1)
         states = [_counts(rows[place], vocab_size, device) for place in places]
         self._prompt = torch.stack([prompt for prompt, _ in states])
@@ -44,9 +47,6 @@ class History:
         """Count ``ids`` ``[rows]`` where ``is_new``."""
         if self.is_needed:
             self._own.scatter_add_(1, ids[self._places, None].long(), is_new[self._places, None].float())
-
-
-_NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 def _counts(row: Mapping[str, Any], vocab_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

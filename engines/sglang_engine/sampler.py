@@ -14,10 +14,8 @@ import torch
 from sglang.srt.layers.sampler import Sampler, register_sampler_backend
 
 from tokenfleet.engines.sglang_engine import compat
-from tokenfleet.engines.sglang_engine.grammars import Grammars
-from tokenfleet.engines.sglang_engine.history import History
+from tokenfleet.engines.sglang_engine.changes import CHANGES, Changes
 from tokenfleet.engines.sglang_engine.params import KEY
-from tokenfleet.engines.sglang_engine.tensors import columns, placed
 from tokenfleet.engines.sglang_engine.torch_draw import TorchDraw
 
 _BACKEND = "pytorch"
@@ -68,60 +66,25 @@ class FleetSampler(Sampler):
 
 
 class Batch:
-    """A fixed list of rows, as `compat.carry_rows` makes them."""
+    """A fixed list of rows, as `compat.carry_rows` makes them. It is made anew whenever a request comes or goes."""
 
     def __init__(self, source: list[Any], vocab_size: int, device: torch.device) -> None:
         self.source = source
         # SGLang has requests of its own, too.
-        self.rows: list[Mapping[str, Any]] = [row if KEY in row else {} for row in source]
-        self._vocab_size, self._device = vocab_size, device
-        rows, numbered = self.rows, list(enumerate(self.rows))
-        whole = columns(rows, {"prompt": 0, "delivered": 0}, torch.int64, device)
-        self._prompts, self._least = whole.split(1, dim=1)
+        rows: list[Mapping[str, Any]] = [row if KEY in row else {} for row in source]
         self._draw = _drawing(device)(rows, vocab_size, device)
-        self._bias = self._scatter([(p, i, v) for p, row in numbered for i, v in _pairs(row)])
-        barred = [(p, i, row["min_tokens"]) for p, row in numbered if "barred" in row for i in row["barred"]]
-        self._barred = self._scatter(barred)
-        self._history = History(rows, vocab_size, device)
-        self._grammars = Grammars(rows, vocab_size, device)
+        is_changed = any(not CHANGES.isdisjoint(row) for row in rows)
+        self._changes = Changes(rows, vocab_size, device) if is_changed else None
 
     def sample(self, raw: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Token ids ``[rows]`` for ``raw`` logits ``[rows, vocab]``, which are left as they are."""
-        return self._draw(self._scores(raw, positions), positions)
+        scores = raw if self._changes is None else self._changes.scores(raw, positions)
+        return self._draw(scores, positions)
 
     def record(self, ids: torch.Tensor, positions: torch.Tensor) -> None:
         """``ids`` ``[rows]`` are what came of it, but for rows whose prompt isn't read to its end yet."""
-        if self._history.is_needed or self._grammars.is_needed:
-            is_new = positions.long() + 1 - self._prompts[:, 0] >= self._least[:, 0]
-            self._history.record(ids, is_new)
-            self._grammars.record(ids, is_new)
-
-    def _scores(self, raw: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """``raw`` after bias, penalties, bars and grammars: what greedy maximises."""
-        if self._bias is None and self._barred is None and not (self._history.is_needed or self._grammars.is_needed):
-            return raw
-        scores = raw.to(torch.float32, copy=True)
-        if self._bias is not None:
-            rows, ids, values = self._bias
-            scores.index_put_((rows, ids), values, accumulate=True)
-        self._history.apply(scores)
-        unbarred = scores
-        if self._barred is not None:
-            rows, ids, least = self._barred
-            index = positions.long() + 1 - self._prompts[:, 0]  # of the token to come, in its choice
-            if self._grammars.is_needed:
-                unbarred = scores.clone()
-            scores[rows, ids] = torch.where(index[rows] < least, -torch.inf, scores[rows, ids])
-        self._grammars.apply(scores, unbarred)
-        return scores
-
-    def _scatter(self, entries: list[tuple[int, int, float]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        entries = [entry for entry in entries if entry[1] < self._vocab_size]
-        if not entries:
-            return None
-        rows, ids, values = zip(*entries, strict=True)
-        place = torch.int64, self._device
-        return placed(rows, *place), placed(ids, *place), placed(values, torch.float32, self._device)
+        if self._changes is not None:
+            self._changes.record(ids, positions)
 
 
 def _drawing(device: torch.device) -> Any:
@@ -130,7 +93,3 @@ def _drawing(device: torch.device) -> Any:
     from tokenfleet.engines.sglang_engine.triton_draw import TritonDraw
 
     return TritonDraw
-
-
-def _pairs(row: Mapping[str, Any]) -> Any:
-    return zip(row.get("bias_ids", ()), row.get("bias", ()), strict=True)
