@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from tokenfleet.engines.folders import (
 from tokenfleet.engines.lora_joining import choices
 from tokenfleet.engines.options import MOST_ADAPTERS_AT_ONCE, quantised_by
 from tokenfleet.engines.rope import overridden
+from tokenfleet.engines.sglang_engine.adapters import completed
 from tokenfleet.engines.sglang_engine.front import FrontEnd
 from tokenfleet.engines.sglang_engine.media import SglangMedia, media_processor
 from tokenfleet.engines.sglang_engine.options import SglangOptions
@@ -61,6 +63,10 @@ def load(options: SglangOptions) -> LoadedSglang:
         processor = media_processor(folder, tokenizer, options)
         with contextlib.ExitStack() as files:  # read when it has started
             adapters = choices(folders, files, allow_pickle=options.allow_pickle)
+            place = Path(files.enter_context(tempfile.TemporaryDirectory(prefix="tokenfleet-sglang-")))
+            adapters = {
+                name: completed(each, folder, place / str(i)) for i, (name, each) in enumerate(adapters.items())
+            }
             # Names of our own: what all requests get has one in SGLang, too.
             lora = {name: str(place) for place, name in enumerate(adapters)}
             paths = {lora[name]: adapter.path for name, adapter in adapters.items()}

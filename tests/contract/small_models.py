@@ -101,6 +101,7 @@ _LORAS = {
         "use_rslora": True, "target_modules": r".*\.(q_proj|v_proj|down_proj)",
         "rank_pattern": {"q_proj": 6, r"layers\.1\.self_attn\.v_proj": 2}, "alpha_pattern": {"v_proj": 20},
     },
+    "apart": {"target_modules": ["k_proj", "up_proj"]},  # without what an engine may compute with them
     "saved": {"modules_to_save": ["lm_head"]},
     "tokens": {"trainable_token_indices": [9, 10, 40]},
     "bias": {"bias": "lora_only"},

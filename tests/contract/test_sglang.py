@@ -60,7 +60,7 @@ async def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sglang")
     _save_llama(folder / "model", byte_level(), torch, hf)
     for seed, name in enumerate("abxy"):
-        kind = "scaled" if name in "by" else "lora"
+        kind = {"a": "lora", "b": "scaled"}.get(name, "apart")
         small_models.save_lora(folder / "model", folder / name, seed=seed, kind=kind)
     plain, always = {}, [folder / "x", folder / "y"]
     for name, folders in ((None, always), ("a", [*always, folder / "a"]), ("b", [*always, folder / "b"])):

@@ -57,7 +57,7 @@ async def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vllm")
     _save_llama(folder / "model", byte_level(), torch, hf, head_dim=32)
     for seed, name in enumerate("abxy"):
-        kind = "scaled" if name in "by" else "lora"
+        kind = {"a": "lora", "x": "apart"}.get(name, "scaled")
         small_models.save_lora(folder / "model", folder / name, seed=seed, kind=kind)
     always = [folder / "x", folder / "y"]
     plain = {

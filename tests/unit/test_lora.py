@@ -122,3 +122,34 @@ def test_an_adapter_of_another_model_does_not_fit(tmp_path):
     (tmp_path / "fits" / "adapter_model.safetensors").write_bytes(b"x" * 100)
     with pytest.raises(ConfigurationError, match="can't be read"):
         check_fits(read(tmp_path / "fits", allow_pickle=False), tmp_path / "model")
+
+
+def test_sglang_gets_zeros_for_what_an_adapter_leaves_alone_of_modules_computed_together(tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file, save_file
+
+    from tokenfleet.engines.lora import read
+    from tokenfleet.engines.sglang_engine.adapters import completed
+    from tokenfleet.wire.errors import ConfigurationError
+
+    heights = {"q_proj": 4, "k_proj": 2, "v_proj": 2}
+    (tmp_path / "model").mkdir()
+    save_file(
+        {f"l.0.{name}.weight": torch.zeros(h, 6) for name, h in heights.items()}, tmp_path / "model/x.safetensors"
+    )
+    stem = "base_model.model.l.0."
+    _save_lora(
+        tmp_path / "q", [f"{stem}q_proj", f"{stem}up_proj"], rank=2, alpha=8, target_modules=["q_proj", "up_proj"]
+    )
+    made = completed(read(tmp_path / "q", allow_pickle=False), tmp_path / "model", tmp_path / "made")
+    before, weights = (load_file(path / "adapter_model.safetensors") for path in (tmp_path / "q", made.path))
+    assert made.config["target_modules"] == ["gate_proj", "k_proj", "q_proj", "up_proj", "v_proj"]
+    for name, value in weights.items():
+        assert value.equal(before[name]) if name in before else not value.any()
+    shapes = {name: tuple(weights[f"{stem}{name}.lora_B.weight"].shape) for name in (*heights, "gate_proj")}
+    assert shapes == {"q_proj": (4, 2), "k_proj": (2, 2), "v_proj": (2, 2), "gate_proj": (4, 2)}
+    whole = read(made.path, allow_pickle=False)
+    assert completed(whole, tmp_path / "model", tmp_path / "unused") is whole
+    (tmp_path / "model/x.safetensors").unlink()
+    with pytest.raises(ConfigurationError, match="SGLang can't apply"):
+        completed(read(tmp_path / "q", allow_pickle=False), tmp_path / "model", tmp_path / "unused")
