@@ -156,7 +156,7 @@ def _quantization(options: SglangOptions) -> dict[str, Any]:
 
     method = _method(options)
     if options.quantization_bit is not None and not torch.cuda.is_available():
-        # Its loader of 4 bits moves the weights to a GPU; fp8 there is kernels of its own.
+        # fp8 is kernels of its own.
         raise ConfigurationError(
             f"quantization_bit={options.quantization_bit}: SGLang has no {method} on a CPU.",
             hint="Use a checkpoint that is quantised already, or transformers.",

@@ -66,5 +66,11 @@ class SglangOptions(CoreOptions):
         load_format = self.sglang_config.get("load_format", "safetensors")
         if load_format not in SAFE_FORMATS and not self.allow_pickle:
             raise ValueError(f"sglang_config: load_format={load_format!r} may read pickles, which allow_pickle allows")
+        if self.quantization_bit == 4:
+            # _unquantized_generator in sglang/srt/model_loader/loader.py (0.5.17, 0.5.23): "qweight" for "weight".
+            raise ValueError(
+                "quantization_bit=4: SGLang's loader of bitsandbytes gives weights names that its layers don't know; "
+                "take 8, a checkpoint that is quantised already, or another engine"
+            )
         if self.quantization_bit is not None and self.quantization is not None:
             raise ValueError("quantization_bit and quantization exclude one another: both say how to quantise")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -10,6 +11,17 @@ import pytest_asyncio
 from tests.contract.subjects import SUBJECTS
 
 _INSTALLED = [name for name in ("vllm", "sglang") if name in SUBJECTS and importlib.util.find_spec(name)]
+
+
+_LIMIT_S = 400
+"""Of a test with its fixtures: on a new machine SGLang compiles kernels for a quarter of a minute for each size of a
+batch, once for adapters and once more for each way to quantise."""
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.timeout(_LIMIT_S), append=False)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -64,7 +64,7 @@ async def answer(engine):
 WAYS = {
     "transformers": [{"quantization_bit": 8}, {"quantization_bit": 4}],
     "vllm": [{"quantization_bit": 8}, {"quantization_bit": 4}],
-    "sglang": [{"quantization_bit": 8}, {"quantization_bit": 4}],
+    "sglang": [{"quantization_bit": 8}],
 }
 
 

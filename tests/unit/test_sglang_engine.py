@@ -24,6 +24,7 @@ pytestmark = pytest.mark.unit
         ({"sglang_config": "{"}, "JSON"),
         ({"quantization_method": "fp8"}, "quantization_bit"),
         ({"quantization_bit": 8, "quantization_method": "bnb"}, "bnb"),
+        ({"quantization_bit": 4}, "quantization_bit=4"),
         ({"quantization_bit": 8, "quantization": "w8a8_int8"}, "quantization"),
         ({"rope_scaling": "dynamic"}, "rope_scaling"),
         ({"sglang_mem_fraction": 1.5}, "sglang_mem_fraction"),
