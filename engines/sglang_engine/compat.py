@@ -37,6 +37,14 @@ def _set_level(server_args: Any, prefix: str = "") -> None:
     logging.getLogger("sglang").setLevel(server_args.log_level.upper())
 
 
+def give_up(request: Any, message: str) -> None:
+    """In the scheduler's process: end a `Req` with an error when its next token is there."""
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    if request.to_finish is None:
+        request.to_finish = FINISH_ABORT(message)
+
+
 def remove_state(manager: Any, rid: str) -> Any:
     """Take a finished request off the tokenizer manager's book, as its own handler of outputs does; gives its state, or
     None if there is none any more."""

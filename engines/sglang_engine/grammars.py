@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from tokenfleet.engines.grammar import GrammarCompiler, TokenGrammar
+from tokenfleet.engines.sglang_engine import compat
 from tokenfleet.engines.sglang_engine.tensors import placed
 from tokenfleet.wire.chat import ResponseFormat
-from tokenfleet.wire.errors import EngineError
+from tokenfleet.wire.errors import EngineError, TokenfleetError
 
 _STATE = "tokenfleet_grammar"
 
@@ -61,30 +62,38 @@ compiler = _Compiler()
 class _Row:
     """A request's grammar, and the ids (on their way from the GPU) that it has not read yet. -1 is no id."""
 
+    request: Any
     grammar: TokenGrammar | None
     ends: list[int]
     retractions: int
+    failure: str = ""
+    """Why the grammar can't go on: the request is given up, since whatever ends it now makes it no whole text."""
     unread: list[tuple[torch.Tensor, int, Any]] = field(default_factory=list)
 
     def mask(self, vocab_size: int) -> torch.Tensor:
         """``[vocab]``, True where a token may come next."""
-        for copied, place, event in self.unread:
+        allowed = torch.zeros(vocab_size, dtype=torch.bool)
+        try:
+            self._read()
+            if self.grammar is not None and not self.failure:
+                mask = self.grammar.mask()[:vocab_size]
+                allowed[: len(mask)] = mask
+                self.failure = self.grammar.failure
+        except EngineError as error:
+            self.failure = str(error)
+        if self.failure:
+            allowed[self.ends or [0]] = True
+            compat.give_up(self.request, self.failure)
+        return allowed
+
+    def _read(self) -> None:
+        unread, self.unread = self.unread, []
+        for copied, place, event in unread:
             if event is not None:
                 event.synchronize()
             token = int(copied[place])
-            if token >= 0 and self.grammar is not None:
-                try:
-                    self.grammar.accept(token)
-                except EngineError:
-                    self.grammar = None
-        self.unread.clear()
-        allowed = torch.zeros(vocab_size, dtype=torch.bool)
-        if self.grammar is None:
-            allowed[self.ends or [0]] = True
-        else:
-            mask = self.grammar.mask()[:vocab_size]
-            allowed[: len(mask)] = mask
-        return allowed
+            if token >= 0 and self.grammar is not None and not self.failure:
+                self.grammar.accept(token)
 
 
 class Grammars:
@@ -129,10 +138,10 @@ def _state(row: Mapping[str, Any], vocab_size: int) -> _Row:
         ids = [*request.origin_input_ids, *request.output_ids][row["prompt"] :]
         ends = [token for token in row["stop_ids"] if token < vocab_size]
         wanted = ResponseFormat.model_validate_json(row["grammar"])
+        state = _Row(request, None, ends, request.retraction_count)
         try:
-            grammar = compiler.get().compile(wanted, tuple(ids), frozenset(ends))
-        except EngineError:  # the front end has compiled it, so this is not the caller's
-            grammar = None
-        state = _Row(grammar, ends, request.retraction_count)
+            state.grammar = compiler.get().compile(wanted, tuple(ids), frozenset(ends))
+        except TokenfleetError as error:  # the front end has compiled it, so this is not the caller's
+            state.failure = str(error)
         setattr(request, _STATE, state)
     return state

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 from collections.abc import AsyncGenerator
+from functools import cached_property
 from typing import Any
 
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -12,6 +14,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from tokenfleet.engines.base import Sequence, TokenChunk
 from tokenfleet.engines.checks import already_over, check_sequence, check_texts
 from tokenfleet.engines.model_engine import ModelEngine
+from tokenfleet.engines.templates.tokens import Plain
 from tokenfleet.engines.vllm_engine import compat
 from tokenfleet.engines.vllm_engine.adapters import load_all
 from tokenfleet.engines.vllm_engine.loading import LoadedVllm, load
@@ -33,6 +36,11 @@ class VllmEngine(ModelEngine[LoadedVllm]):
         self._reader: StepReader | None = None
         self._tasks: tuple[Any, ...] = ()
         self._numbers = itertools.count()
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        """Finds special tokens that are written out."""
+        return Plain(self.tokenizer, ()).pattern
 
     @property
     def steps(self) -> int:
@@ -71,7 +79,7 @@ class VllmEngine(ModelEngine[LoadedVllm]):
         request = self._request(
             request_id,
             await self._prompt(sequence),
-            sampling_params(sequence, self._started.tokenizer_facts),
+            sampling_params(sequence, self._started.tokenizer_facts, self._special),
             sequence.adapter,
             param=None if params.response_format.type == "text" else "response_format",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,10 +24,10 @@ _MOST_BIASES = 1024
 """vLLM's model runner V2 has room for no more (vllm/v1/worker/gpu/sample/logit_bias.py), and fails all with one."""
 
 
-def sampling_params(sequence: Sequence, tokenizer: Mapping[str, Any]) -> SamplingParams:
+def sampling_params(sequence: Sequence, tokenizer: Mapping[str, Any], special: re.Pattern[str]) -> SamplingParams:
     """``sequence`` as vLLM is to sample it after prompt and delivered ids. Raises `InvalidRequest`.
 
-    ``tokenizer``: what `extras.Guides` is to know of it."""
+    ``tokenizer``: what `extras.Guides` is to know of it; ``special`` finds its special tokens in a text."""
     params, delivered = sequence.params, len(sequence.delivered_ids)
     stop_ids = sorted(ending_ids(params, sequence.eos_ids))
     extras: dict[str, Any] = {}
@@ -48,8 +49,11 @@ def sampling_params(sequence: Sequence, tokenizer: Mapping[str, Any]) -> Samplin
         penalties = {}
     cuts = {} if params.is_greedy else _cuts(params)
     structured: Mapping[str, Any] = {}
-    if params.response_format.type != "text" and (delivered or params.logprobs or params.ignore_eos):
-        # vLLM's own begins anew, is in its logprobs already, and lets any text follow an EOS that doesn't end one.
+    if params.response_format.type != "text" and (
+        delivered or params.logprobs or params.ignore_eos or names_special(special, params.response_format)
+    ):
+        # vLLM's own begins anew, is in its logprobs already, lets any text follow an EOS that doesn't end one, and
+        # takes a special token for its name written out.
         extras |= {"response_format": params.response_format.model_dump(mode="json"), "delivered": delivered}
         extras |= tokenizer
     else:
@@ -84,6 +88,11 @@ def continued_seed(seed: int | None, delivered: int) -> int | None:
     if seed is None or not delivered:
         return seed
     return int.from_bytes(hashlib.sha256(f"{seed}@{delivered}".encode()).digest()[:8], "big") >> 1
+
+
+def names_special(special: re.Pattern[str], wanted: ResponseFormat) -> bool:
+    """Whether a special token may be written out in texts of that form; a regular expression escapes some of it."""
+    return special.search(wanted.model_dump_json().replace("\\", "")) is not None
 
 
 def _cuts(params: GenerationParams) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from tokenfleet.engines.templates.choice import Offer
 from tokenfleet.engines.templates.forced import call_grammar
 from tokenfleet.engines.templates.schema import tool_format
 from tokenfleet.wire.chat import GenerationParams
-from tokenfleet.wire.errors import ContextLengthExceeded, InvalidRequest
+from tokenfleet.wire.errors import ContextLengthExceeded, EngineError, InvalidRequest
 from tokenfleet.wire.events import ChoiceFinished, Delta
 from tokenfleet.wire.support import CORE, ENGINES, PARAMETERS, REFUSED, check_supported
 from tokenfleet.wire.toolcalls import parse
@@ -464,6 +464,33 @@ async def test_a_forced_call_has_arguments_after_its_schema(subject, grammars, s
         assert forced in ("", call.function.name)
         called.add(call.function.name)
     assert called
+
+
+async def test_a_special_token_in_a_form_is_its_letters(subject, grammars):
+    """Tokenised as a text it would be the special token, which is no text and would have ended the answer."""
+    for special in (subject.eos_id, subject.special_id):
+        word = subject.tokenizer.token_text(special)
+        for wanted in (
+            {"type": "json_schema", "json_schema": {"const": f"a{word}b"}},
+            {"type": "regex", "pattern": f'"a{re.escape(word)}b"'},
+            {"type": "grammar", "grammar": f'start: "\\"a" {json.dumps(word)} "b\\""'},
+        ):
+            answer = await ask(subject, response_format=wanted, max_new_tokens=40, **GREEDY)
+            assert (answer.text, answer.end.reason) == (f'"a{word}b"', "stop")
+
+
+async def test_a_form_that_can_not_be_held_to_fails_its_request_alone(subject, grammars):
+    """Nothing must pass for a whole text that is none: neither where no text fits nor where there are too many ways."""
+    with pytest.raises(InvalidRequest, match="response_format"):
+        await ask(subject, response_format={"type": "json_schema", "json_schema": {"$ref": "#"}})
+    ways = [{"type": "object", "properties": {f"k{i}": {"type": "string"}}} for i in range(2000)]
+    neighbour = asyncio.create_task(ask(subject, job_id="beside", max_new_tokens=40, ignore_eos=True, **GREEDY))
+    with pytest.raises((EngineError, InvalidRequest)):
+        await ask(
+            subject, response_format={"type": "json_schema", "json_schema": {"anyOf": ways}}, max_new_tokens=60, seed=1
+        )
+    assert_greedy(subject, (await neighbour).job, neighbour.result().only)
+    await until(lambda: subject.engine.running == 0)
 
 
 async def test_a_form_holds_to_the_end_even_if_eos_is_ignored_or_barred(subject, grammars):
