@@ -71,8 +71,8 @@ FAMILIES: Mapping[str, Family] = {
         "LlavaNextVideo", "VideoLlava", transformers=_MAYBE_FILMS, vllm=_MAYBE_FILMS
     ),
     "Qwen2-VL": _family("Qwen2VL", transformers=_FILMS, vllm=_FILMS, sglang=_FILMS),
-    "Qwen2.5-VL": _family("Qwen2_5_VL", transformers=_FILMS, vllm=_MAYBE_FILMS, sglang=_FILMS),
-    "Qwen3-VL": _family("Qwen3VL", transformers=_FILMS, vllm=_MAYBE_FILMS, sglang=_FILMS),
+    "Qwen2.5-VL": _family("Qwen2_5_VL", transformers=_FILMS, vllm=_FILMS, sglang=_FILMS),
+    "Qwen3-VL": _family("Qwen3VL", transformers=_FILMS, vllm=_FILMS, sglang=_FILMS),
     "Qwen2-Audio": _family("Qwen2Audio", transformers=_SOUNDS, vllm=_SOUNDS, sglang=_SOUNDS),
     "InternVL": _family(
         "InternVL",

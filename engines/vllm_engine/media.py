@@ -110,21 +110,22 @@ def _data(decoded: Decoded, settings: MediaSettings) -> dict[str, Any]:
     if decoded.images:
         data["image"] = list(decoded.images)
     if decoded.videos:
-        data["video"] = [_video(video, settings) for video in decoded.videos]
+        data["video"] = [_video(video) for video in decoded.videos]
     if decoded.audios:
         data["audio"] = [(samples, settings.audio_sampling_rate) for samples in decoded.audios]
     return data
 
 
-def _video(video: Video, settings: MediaSettings) -> tuple[Any, dict[str, Any]]:
-    """Frames ``[frames, height, width, 3]`` and what vLLM is to know of them: that none is to be left out."""
+def _video(video: Video) -> tuple[Any, dict[str, Any]]:
+    """Frames ``[frames, height, width, 3]`` and what vLLM is to know of them: that none is to be left out, their rate
+    (Qwen2.5-VL's positions follow from it), and when each was (Qwen3-VL is told)."""
     import numpy as np
 
     return np.stack([np.asarray(frame) for frame in video.frames]), {
-        "fps": settings.video_fps,
+        "fps": video.fps,
         "duration": video.duration_s,
         "total_num_frames": len(video.frames),
-        "frames_indices": [index / video.source_fps * settings.video_fps for index in video.indices],
+        "frames_indices": [index / video.source_fps * video.fps for index in video.indices],
         "video_backend": "tokenfleet",
         "do_sample_frames": False,
     }

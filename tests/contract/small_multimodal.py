@@ -136,34 +136,46 @@ def _qwen_vl(
     return model_class(config)
 
 
+def _sections(head_dim):
+    """Of a head's rotary positions: time, height, width."""
+    half = head_dim // 2
+    return [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
+
+
 def _qwen2_vl(folder, head_dim=12):
     """``head_dim`` 32 is vLLM's least on a CPU."""
-    hidden, half = 4 * head_dim, head_dim // 2
+    hidden = 4 * head_dim
     vision = {"embed_dim": 32 if hidden == 48 else 64, "hidden_size": hidden, "num_heads": 2, "mlp_ratio": 2}
-    sections = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
-    text = {"hidden_size": hidden, "rope": {"mrope_section": sections}}
+    text = {"hidden_size": hidden, "rope": {"mrope_section": _sections(head_dim)}}
     return _qwen_vl(folder, hf.Qwen2VLConfig, hf.Qwen2VLForConditionalGeneration, vision, text)
 
 
-def _qwen2_5_vl(folder):
+def _qwen2_5_vl(folder, head_dim=12):
+    hidden = 4 * head_dim
     vision = {
-        "hidden_size": 32, "out_hidden_size": 48, "num_heads": 2, "intermediate_size": 48, "fullatt_block_indexes": [1],
-        "window_size": 56,
+        "hidden_size": 32 if hidden == 48 else 64, "out_hidden_size": hidden, "num_heads": 2, "intermediate_size": 48,
+        "fullatt_block_indexes": [1], "window_size": 56,
     }  # fmt: skip
     return _qwen_vl(
         folder, hf.Qwen2_5_VLConfig, hf.Qwen2_5_VLForConditionalGeneration, vision,
+        {"hidden_size": hidden, "rope": {"mrope_section": _sections(head_dim)}},
         processor_class="Qwen2_5_VLProcessor",
     )  # fmt: skip
 
 
-def _qwen3_vl(folder):
+def _qwen3_vl(folder, head_dim=12):
+    hidden = 4 * head_dim
     vision = {
-        "hidden_size": 32, "out_hidden_size": 48, "num_heads": 2, "intermediate_size": 48,
+        "hidden_size": 32 if hidden == 48 else 64, "out_hidden_size": hidden, "num_heads": 2, "intermediate_size": 48,
         "deepstack_visual_indexes": [0], "num_position_embeddings": 64,
     }  # fmt: skip
     return _qwen_vl(
         folder, hf.Qwen3VLConfig, hf.Qwen3VLForConditionalGeneration, vision,
-        text_more={"head_dim": 12, "rope": {"mrope_interleaved": True}}, processor_class="Qwen3VLProcessor", patch=16,
+        text_more={
+            "head_dim": head_dim, "hidden_size": hidden,
+            "rope": {"mrope_interleaved": True, "mrope_section": _sections(head_dim)},
+        },
+        processor_class="Qwen3VLProcessor", patch=16,
     )  # fmt: skip
 
 

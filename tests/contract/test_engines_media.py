@@ -43,7 +43,7 @@ ENGINES = [
 ]
 FAMILIES = ["llava", "qwen2_vl", "qwen2_audio"]
 CUT = ["gemma3", "intern_vl"]
-MORE = {"sglang": ["qwen2_5_vl", "qwen3_vl"]}
+MORE = {"vllm": ["qwen2_5_vl", "qwen3_vl"], "sglang": ["qwen2_5_vl", "qwen3_vl"]}
 CASES = [(engine, family) for engine in ENGINES for family in FAMILIES + MORE.get(engine, [])]
 RATE = 32000
 SETTINGS = {
@@ -130,7 +130,7 @@ def arguments(engine_name, folder):
 
 
 def save(family, folder):
-    sizes = {"head_dim": 32} if family in FAMILIES + CUT else {}  # vLLM's least on a CPU
+    sizes = {"head_dim": 32}  # vLLM's least on a CPU
     model = small.save(family, folder, **sizes, **({"rate": RATE} if family == "qwen2_audio" else {}))
     if family != "intern_vl":
         small.as_on_the_hub(folder)
