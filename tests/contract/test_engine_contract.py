@@ -426,6 +426,45 @@ async def test_an_answer_has_the_form_asked_for_and_continues_in_it(subject, gra
             assert has_form(again.text, wanted), again.text
 
 
+_PAIR = {"type": "object", "properties": {"v": {"enum": [1, "é"]}, "next": {"type": "null"}}, "required": ["v", "next"]}
+ODD_SCHEMAS = [
+    ({"enum": [1, "a\"b", None, [True], {"x": "é"}]}, lambda v: v in (1, 'a"b', None, [True], {"x": "é"})),
+    ({"type": ["integer", "null"], "minimum": -3, "maximum": 12}, lambda v: v is None or -3 <= v <= 12),
+    (
+        {"anyOf": [{"const": "x"}, {"$ref": "#/$defs/b"}], "$defs": {"b": {"type": "boolean"}}},
+        lambda v: v in ("x", True, False),
+    ),
+    ({"type": "string", "pattern": "^[a-c]{2}é?$"}, lambda v: re.fullmatch("[a-c]{2}é?", v)),
+    ({"type": "string", "minLength": 2, "maxLength": 4}, lambda v: 2 <= len(v) <= 4),
+    ({"type": "string", "format": "date"}, lambda v: re.fullmatch(r"\d{4}-\d\d-\d\d", v)),
+    ({"type": "array", "items": {"enum": [0, 1]}, "minItems": 2, "maxItems": 3}, lambda v: 2 <= len(v) <= 3),
+    (
+        {"type": "array", "prefixItems": [{"const": 1}, {"const": "b"}], "items": False, "minItems": 2},
+        lambda v: v == [1, "b"],
+    ),
+    ({"$ref": "#/$defs/n", "$defs": {"n": {**_PAIR, "additionalProperties": False}}}, lambda v: v["v"] in (1, "é")),
+    ({"name": "w", "strict": True, "schema": {"const": {"a": []}}}, lambda v: v == {"a": []}),
+]  # fmt: skip
+"""With what must hold of every value."""
+
+
+async def test_an_answer_has_the_form_of_whatever_schema(subject, grammars):
+    asked = [(schema, holds, seed) for schema, holds in ODD_SCHEMAS for seed in range(3)]
+    answers = await asyncio.gather(
+        *(
+            ask(subject, job_id=f"odd{i}", response_format={"type": "json_schema", "json_schema": schema}, seed=seed,
+                **{**WILD, "top_k": 50})
+            for i, (schema, _, seed) in enumerate(asked)
+        )
+    )  # fmt: skip
+    whole = 0
+    for (schema, holds, _), answer in zip(asked, answers, strict=True):
+        if answer.end.reason == "stop":  # blanks may take all of the length
+            whole += 1
+            assert holds(json.loads(answer.text)), (schema, answer.text)
+    assert whole > 0.8 * len(asked)
+
+
 TOOLS = (
     {"type": "function", "function": {"name": "weather", "parameters": {
         "type": "object", "properties": {"city": {"enum": ["Łódź", "Rome"]}, "days": {"type": "integer"}},
