@@ -25,7 +25,19 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("wire", "engines", "workers", "producer")
 SOURCES = ("tokenfleet", *FOLDERS, "celeryconfig.py", "pyproject.toml", "LICENSE", "README.md")
 LOCK = SimpleNamespace(**runpy.run_path(str(ROOT / "deploy" / "constraints" / "lock.py")))
-HEAVY = {"torch", "transformers", "vllm", "sglang", "peft", "accelerate", "gguf", "tokenizers", "safetensors", "numpy"}
+HEAVY = {
+    "torch",
+    "triton",
+    "transformers",
+    "vllm",
+    "sglang",
+    "peft",
+    "accelerate",
+    "gguf",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+}
 
 
 def run(*command: str | Path, cwd: Path, expect: int = 0, **env: str) -> str:
