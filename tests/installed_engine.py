@@ -48,10 +48,10 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def start(fleet: Fleet) -> Worker:
-    """A worker that loads the small model; `wait_ready` when it is to be there."""
+def start(fleet: Fleet, **more: Any) -> Worker:
+    """A worker that loads the small model; `wait_ready` when it is to be there. ``more``: further options."""
     assert NAME is not None
-    options = {"model_name_or_path": MODEL, "infer_dtype": "float32", "max_batch_size": 12, **_OPTIONS[NAME]}
+    options = {"model_name_or_path": MODEL, "infer_dtype": "float32", "max_batch_size": 12, **_OPTIONS[NAME], **more}
     if has_gpu():
         options |= _ON_GPU[NAME]
     env = {"TOKENFLEET_MODEL": MODEL, "TOKENFLEET_ENGINE": NAME, "TOKENFLEET_ENGINE_ARGS": json.dumps(options)}

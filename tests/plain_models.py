@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 
@@ -17,3 +18,19 @@ def plain_model(name: str) -> Any:
     model = type(read)(read.config)
     model.load_state_dict(read.state_dict())
     return model.float().eval()
+
+
+def save_lora(model: Any, folder: Path, *, seed: int) -> Any:
+    """Save an adapter of ``model``, a `plain_model`, that changes its answers; gives the model with it merged."""
+    import peft
+    import torch
+
+    torch.manual_seed(seed)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    adapted.save_pretrained(folder)
+    return adapted.merge_and_unload().eval()

@@ -1,5 +1,5 @@
-"""Kills under vLLM or SGLang on a CPU: the engine's process alone, then a whole worker; each token checked against the
-model itself."""
+"""Kills under vLLM or SGLang on a CPU: the engine's process alone, then a whole worker. With adapters and without; each
+token checked against the model itself."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from tests.faults.test_real_model import ids_of, prompt_of, teacher_forced
 from tests.faults.trial import Trial, ledger_of
 from tests.fleets import Fleet, Worker, wait_until
 from tests.installed_engine import MODEL, core_of, has_gpu, needs_one, start, wait_ready
-from tests.plain_models import plain_model
+from tests.plain_models import plain_model, save_lora
 from tests.processes import all_gone, on_this_machine
+from tokenfleet import Job
 from tokenfleet.wire.events import Delta
 
 pytestmark = [needs_one, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -37,10 +38,17 @@ def busiest(fleet: Fleet, trial: Trial) -> Worker:
 def test_streams_survive_the_engines_process_and_its_worker(fleet: Fleet) -> None:
     torch = pytest.importorskip("torch")
     tokens = GPU_TOKENS if has_gpu() else CPU_TOKENS
-    wait_ready(fleet, start(fleet), start(fleet))
+    models, options = loras(fleet)
+    names = list(models)
+    wait_ready(fleet, start(fleet, **options), start(fleet, **options))
     with Trial(fleet) as trial:
         greedy: dict[str, Any] = {"do_sample": False, "max_new_tokens": tokens, "ignore_eos": True, "model": MODEL}
-        jobs = [trial.submit(f"Tell me {k} things about rivers.", **greedy) for k in range(6)]
+
+        def ask(number: int, text: str) -> Job:
+            """Of each adapter in turn: they run side by side."""
+            return trial.submit(text, **greedy, adapter=names[number % len(names)])
+
+        jobs = [ask(k, f"Tell me {k} things about rivers.") for k in range(6)]
         trial.watch(jobs)
         trial.until_streaming(10, timeout_s=120)
         victim = busiest(fleet, trial)
@@ -54,8 +62,8 @@ def test_streams_survive_the_engines_process_and_its_worker(fleet: Fleet) -> Non
         assert victim.wait(30) != 0, "a supervisor would not start it again"
         left_s = time.monotonic() - began
         wait_until(lambda: all_gone(family), 10, "all of its processes are gone")
-        wait_ready(fleet, start(fleet))
-        more = [trial.submit(f"Count to {k} thousand.", **greedy) for k in range(6)]
+        wait_ready(fleet, start(fleet, **options))
+        more = [ask(k, f"Count to {k} thousand.") for k in range(6)]
         readings = trial.watch(more)
         trial.until_streaming(10, readings, timeout_s=120)
         victim = busiest(fleet, trial)
@@ -69,14 +77,17 @@ def test_streams_survive_the_engines_process_and_its_worker(fleet: Fleet) -> Non
         )
         assert noticed_s < on_this_machine(2.0)
         assert verdict.cut_streams >= 2
-        model = plain_model(MODEL)
         tolerance = GPU_TOLERANCE if has_gpu() else CPU_TOLERANCE
         off = {}
         for number, reading in enumerate(trial.readings):
             ids = ids_of(reading.events)
             assert len(ids) == tokens
-            logits = teacher_forced(torch, model, prompt_of(fleet, reading.job), ids)
-            behind = logits.max(dim=-1).values - logits[torch.arange(tokens), torch.tensor(ids)]
+            prompt, name = prompt_of(fleet, reading.job), names[number % len(names)]
+            behind = shortfall(torch, models[name], prompt, ids)
+            if name is not None and number < 6:
+                assert float(shortfall(torch, models[None], prompt, ids).max()) > 10 * tolerance, (
+                    "the adapter did nothing"
+                )
             if float(behind.max()) >= tolerance:
                 off[number] = (
                     [(place, round(value, 4)) for place, value in enumerate(behind.tolist()) if value >= tolerance],
@@ -84,6 +95,25 @@ def test_streams_survive_the_engines_process_and_its_worker(fleet: Fleet) -> Non
                     ledger_of(fleet, reading.job)["epoch"],
                 )
         assert not off, "stream: (places behind the top logit, where its deltas begin, attempts)"
+
+
+def loras(fleet: Fleet) -> tuple[dict[str | None, Any], dict[str, Any]]:
+    """The plain model without an adapter (None) and with each, and the options that offer them. None on a GPU, where
+    vLLM's take 16 bits: they are tested apart (tests/gpu)."""
+    models = {None: plain_model(MODEL)}
+    if has_gpu():
+        return models, {}
+    folders = {name: fleet.folder / name for name in ("a", "b")}
+    models |= {
+        name: save_lora(plain_model(MODEL), path, seed=seed) for seed, (name, path) in enumerate(folders.items())
+    }
+    return models, {"adapters": {name: str(path) for name, path in folders.items()}}
+
+
+def shortfall(torch: Any, model: Any, prompt: list[int], ids: list[int]) -> Any:
+    """How far each token is below the top logit, given all before it."""
+    logits = teacher_forced(torch, model, prompt, ids)
+    return logits.max(dim=-1).values - logits[torch.arange(len(ids)), torch.tensor(ids)]
 
 
 def ledger_of_dead(fleet: Fleet, trial: Trial, victim: Worker) -> bool:
