@@ -18,6 +18,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from rich.console import Console
@@ -95,6 +96,7 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tokenfleet"
 
 
+@lru_cache(maxsize=32)  # the hub is asked once: what is checked before a model is loaded is what is loaded then
 def _snapshot(hub_id: str, revision: str | None, allow_pickle: bool, cache: Path | None) -> Path:
     try:
         from huggingface_hub import snapshot_download

@@ -18,7 +18,7 @@ def _comma_list(value: object) -> object:
     return () if value is None else value
 
 
-def _json_mapping(value: object) -> object:
+def json_mapping(value: object) -> object:
     if not isinstance(value, str):
         return {} if value is None else value
     try:
@@ -29,7 +29,7 @@ def _json_mapping(value: object) -> object:
 
 CommaList = Annotated[tuple[str, ...], BeforeValidator(_comma_list)]
 """A list, or text with commas."""
-JsonMapping = Annotated[dict[str, Any], BeforeValidator(_json_mapping)]
+JsonMapping = Annotated[dict[str, Any], BeforeValidator(json_mapping)]
 """A mapping, or JSON text of one."""
 
 
@@ -114,7 +114,7 @@ def lift(values: Any, config: str, names: Mapping[str, str]) -> Any:
     if not isinstance(values, Mapping):
         return values
     try:
-        further = _json_mapping(values.get(config))
+        further = json_mapping(values.get(config))
     except ValueError:
         return values  # the field's own validator says what is wrong
     if not isinstance(further, Mapping):

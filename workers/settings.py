@@ -5,6 +5,7 @@ Built once, by the entry point (`celeryconfig.py`), then passed on.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_settings import BaseSettings, JsonConfigSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
+from tokenfleet.engines.options import json_mapping
 from tokenfleet.wire.errors import ConfigurationError
 from tokenfleet.wire.keys import Keys
 
@@ -97,9 +99,11 @@ class WorkerSettings(BaseSettings):
     def concurrency(self) -> int:
         """Jobs that this worker runs at once: no more than its engine takes, or others could not take them."""
         config = self.engine_args.get(f"{self.engine}_config")
+        with contextlib.suppress(ValueError):  # told when the engine is loaded
+            config = json_mapping(config)
         theirs = config.get(_THEIR_SLOTS.get(self.engine, "")) if isinstance(config, dict) else None
         said = (self.slots, self.engine_args.get("max_batch_size"), theirs)
-        return next((slots for slots in said if isinstance(slots, int) and slots > 0), _SLOTS[self.engine])
+        return min((slots for slots in said if isinstance(slots, int) and slots > 0), default=_SLOTS[self.engine])
 
 
 def load_settings() -> WorkerSettings:

@@ -68,7 +68,7 @@ def load(options: SglangOptions) -> LoadedSglang:
                 name: completed(each, folder, place / str(i)) for i, (name, each) in enumerate(adapters.items())
             }
             # Names of our own: what all requests get has one in SGLang, too.
-            lora = {name: str(place) for place, name in enumerate(adapters)}
+            lora = {name: str(number) for number, name in enumerate(adapters)}
             paths = {lora[name]: adapter.path for name, adapter in adapters.items()}
             front = FrontEnd(**_arguments(folder, paths, options))
     except TypeError as error:

@@ -33,10 +33,14 @@ async def load_all(engine: Any, requests: Mapping[str | None, Any]) -> None:
     """Let ``engine``, an `AsyncLLM`, load each of ``requests`` (`LoRARequest`): by itself it does so in the step of the
     first request that has it, and an adapter that it can't apply then ends the core and all that runs in it.
 
-    Raises `ConfigurationError`."""
+    Raises `ConfigurationError`, and what vLLM raises when its core is dead."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
     for name, request in requests.items():
         try:
             await engine.add_lora(request)
+        except EngineDeadError:  # of no memory, perhaps: nothing that the adapter's maker could mend
+            raise
         except Exception as error:  # what the core's own error was is lost on the way, all but its text
             label = "of all requests" if name is None else repr(name)
             raise ConfigurationError(f"vLLM can't apply the adapter {label}: {first_line(error)}") from error

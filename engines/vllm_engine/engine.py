@@ -62,6 +62,9 @@ class VllmEngine(ModelEngine[LoadedVllm]):
             self._tasks = await loaded.engine.get_supported_tasks()
             await load_all(loaded.engine, loaded.lora)
             await warm_up(self)
+        except EngineDeadError as error:
+            await self.close()
+            raise _dead() from error
         except BaseException:
             await self.close()
             raise

@@ -34,20 +34,6 @@ def save_llama(folder: Path, torch: Any, hf: Any) -> Any:
     return model
 
 
-def save_adapter(model_folder: Path, folder: Path, torch: Any, hf: Any) -> Any:
-    """A LoRA adapter strong enough to change every answer; gives the model with it merged."""
-    peft = pytest.importorskip("peft")
-    base = hf.AutoModelForCausalLM.from_pretrained(model_folder)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
-    adapted = peft.get_peft_model(base, config)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(0, 0.3)
-    adapted.save_pretrained(folder)
-    return adapted.merge_and_unload().eval()
-
-
 COLOURS = ["red", "green", "blue"]
 MANY_COLOURS = {"type": "array", "items": {"enum": COLOURS}, "minItems": 60, "maxItems": 60}
 TOKENS, PACE_S = 300, 0.2
@@ -65,9 +51,11 @@ def test_a_real_models_streams_go_on_where_they_were_cut(fleet: Fleet) -> None:
     """Plain, with an adapter, with logprobs, several choices, penalties, and in a grammar: one kill cuts them all."""
     torch = pytest.importorskip("torch")
     hf = pytest.importorskip("transformers")
+    from tests.contract import small_models
+
     folder, adapter = fleet.folder / "llama", fleet.folder / "lora"
     model = save_llama(folder, torch, hf)
-    adapted = save_adapter(folder, adapter, torch, hf)
+    adapted = small_models.save_lora(folder, adapter)
     arguments = {"model_name_or_path": str(folder), "infer_dtype": "float32", "max_batch_size": 16, "threads": 1,
                  "adapters": {"tuned": str(adapter)}}  # fmt: skip
     real = {"TOKENFLEET_ENGINE": "transformers", "TOKENFLEET_ENGINE_ARGS": json.dumps(arguments)}

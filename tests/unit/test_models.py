@@ -173,5 +173,11 @@ def test_a_hub_model_is_looked_for_in_the_cache_that_was_named(tmp_path):
     snapshot = repo / "snapshots" / "c0ffee"
     snapshot.mkdir(parents=True)
     (snapshot / "model.safetensors").touch()
-    done = run(ASK, "someone/some-model", tmp_path / "mine", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    script = ASK.replace("import resolve", "import listen, resolve").replace(
+        "try:\n",
+        "listen(lambda step, share: print(step, file=sys.stderr))\n"
+        "try:\n    resolve(sys.argv[1], cache=pathlib.Path(sys.argv[2]))\n",
+    )
+    done = run(script, "someone/some-model", tmp_path / "mine", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert done.stdout.strip() == str(snapshot), done.stderr
+    assert done.stderr.count("fetching") == 1  # before a model is loaded and when it is
