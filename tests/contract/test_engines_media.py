@@ -23,6 +23,7 @@ pytest.importorskip("av")
 
 from tests import media_files as files  # noqa: E402
 from tests.contract import small_multimodal as small  # noqa: E402
+from tests.contract.subjects import SGLANG_ON_GPU  # noqa: E402
 from tests.contract.test_media import chat  # noqa: E402
 from tokenfleet.engines.base import Media, Sequence  # noqa: E402
 from tokenfleet.engines.generation import resolve_max_new_tokens  # noqa: E402
@@ -45,6 +46,10 @@ FAMILIES = ["llava", "qwen2_vl", "qwen2_audio"]
 CUT = ["gemma3", "intern_vl"]
 MORE = {"vllm": ["qwen2_5_vl", "qwen3_vl"], "sglang": ["qwen2_5_vl", "qwen3_vl"]}
 CASES = [(engine, family) for engine in ENGINES for family in FAMILIES + MORE.get(engine, [])]
+ON_GPU = torch.cuda.is_available()
+TOLERANCE = {"vllm": 0.1, "sglang": 0.3} if ON_GPU else {}
+"""In logits, where it isn't 1e-3: on a GPU vLLM's attention multiplies in TF32, and SGLang's kernels take 16 bits only.
+Another medium, or the same at another place, moves these models by several logits."""
 RATE = 32000
 SETTINGS = {
     "image_max_pixels": 80 * 80, "image_min_pixels": 50 * 50, "video_max_pixels": 60 * 60, "video_min_pixels": 56 * 56,
@@ -90,6 +95,14 @@ class Served:
     def params(self, **values):
         return GenerationParams(ignore_eos=True, logit_bias=dict.fromkeys(self.barred, -100.0), **values)
 
+    @property
+    def tolerance(self):
+        return TOLERANCE.get(self.engine_name, 1e-3)
+
+    def is_as_good(self, ids, others, prompt, media):
+        """Whether ``others`` is the same answer; where rounding may choose between two, as good a one."""
+        return ids == others or (self.tolerance > 1e-3 and self.gap(prompt, media, others) < self.tolerance)
+
     async def run(self, sequence):
         ids = list(sequence.delivered_ids)
         async with aclosing(self.engine.generate(sequence)) as chunks:
@@ -119,14 +132,15 @@ class Served:
 
 
 def arguments(engine_name, folder):
-    args = {"model_name_or_path": str(folder), "infer_dtype": "float32", "max_batch_size": 8}
+    dtype = "float16" if ON_GPU and engine_name == "sglang" else "float32"
+    args = {"model_name_or_path": str(folder), "infer_dtype": dtype, "max_batch_size": 8}
     if engine_name == "transformers":
         return args | {"max_context_tokens": ROOM}
     if engine_name == "vllm":
         return args | {
             "vllm_enforce_eager": True, "vllm_maxlen": ROOM, "vllm_config": {"kv_cache_memory_bytes": 1 << 27},
         }  # fmt: skip
-    return args | {"sglang_maxlen": ROOM}
+    return args | {"sglang_maxlen": ROOM, "sglang_config": SGLANG_ON_GPU if ON_GPU else {}}
 
 
 def save(family, folder):
@@ -191,24 +205,32 @@ async def test_media_are_seen_and_heard_as_transformers_does(it):
         if it.engine_name != "vllm":  # which writes media out by itself
             assert prompt.ids == expected.ids
         assert len(ids) == NEW
-        assert it.gap(expected, media, ids) < 1e-3
+        assert it.gap(expected, media, ids) < it.tolerance
     assert answers[1] != answers[2], "what is seen or heard makes no difference"
     # Taken over by another worker, with the stored prompt, what was delivered, and the same bytes.
-    for (_, sequence), ids in list(zip(asked, answers, strict=True))[3:]:
+    for (content, media), (_, sequence), ids in list(zip(contents, asked, answers, strict=True))[3:]:
         for cut in (1, 7):
-            assert await it.run(replace(sequence, delivered_ids=tuple(ids[:cut]))) == ids
+            again = await it.run(replace(sequence, delivered_ids=tuple(ids[:cut])))
+            assert again[:cut] == ids[:cut]
+            assert it.is_as_good(ids, again, it.expected(content, media), media)
     # The same again, when an engine may have kept what it computed for the media.
-    assert await it.run(asked[1][1]) == answers[1]
+    again = await it.run(asked[1][1])
+    assert it.is_as_good(answers[1], again, it.expected(*contents[1]), contents[1][1])
     drawn = replace(asked[3][1], params=it.params(temperature=1.5, top_p=1.0, top_k=-1))
     one, other, again = await asyncio.gather(*(it.run(replace(drawn, seed=seed)) for seed in (1, 2, 1)))
-    assert one == again != other
+    assert one != other
+    assert one == again or ON_GPU
     cut = await it.run(replace(drawn, seed=1, delivered_ids=tuple(one[:5])))
-    assert cut == one or (CONTINUATION[it.engine_name].get("seed") == "valid" and cut[:5] == one[:5])
+    is_exact = CONTINUATION[it.engine_name].get("seed") != "valid" and not ON_GPU
+    assert cut == one or (not is_exact and cut[:5] == one[:5])
     form = GenerationParams(do_sample=False, response_format={"type": "regex", "pattern": "[ab]{9}"})
     shaped = replace(asked[3][1], params=form, max_new_tokens=20, eos_ids=frozenset({1}))
     ids = await it.run(shaped)
     assert re.fullmatch("[ab]{9}", it.plain.tokenizer.decode(ids, skip_special_tokens=True))
-    assert await it.run(replace(shaped, delivered_ids=tuple(ids[:3]))) == ids
+    again = await it.run(replace(shaped, delivered_ids=tuple(ids[:3])))
+    assert again == ids or (
+        ON_GPU and re.fullmatch("[ab]{9}", it.plain.tokenizer.decode(again, skip_special_tokens=True))
+    )
 
 
 async def test_a_penalty_counts_what_a_text_has_and_not_what_an_image_is_told_apart_by(it):
@@ -218,7 +240,8 @@ async def test_a_penalty_counts_what_a_text_has_and_not_what_an_image_is_told_ap
     ids = await it.run(replace(sequence, params=barred))
     assert len(ids) == NEW
     assert len(set(ids)) == NEW
-    assert await it.run(replace(sequence, params=barred, delivered_ids=tuple(ids[:5]))) == ids
+    again = await it.run(replace(sequence, params=barred, delivered_ids=tuple(ids[:5])))
+    assert again == ids or (ON_GPU and len(set(again)) == NEW)
 
 
 async def test_settings_matter(it):
@@ -299,7 +322,7 @@ async def test_long_images_are_cut_where_that_is_asked_for(engine_name, family, 
             assert prompt.tokens == len(expected.ids)
             assert prompt.tokens > len(it.expected(["image", "What is this?"], each, it.defaults).ids)
             assert len(ids) == NEW
-            assert it.gap(expected, each, ids) < 1e-3
+            assert it.gap(expected, each, ids) < it.tolerance
         assert answers[0] != answers[1]
     finally:
         await loaded.engine.close()
