@@ -125,11 +125,12 @@ class _Watch:
 
 def _descendants(pid: int) -> list[int]:
     found: list[int] = []
-    for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            for child in map(int, children.read_text().split()):
-                if child != os.getpid():
-                    found += [child, *_descendants(child)]
+    with contextlib.suppress(OSError):  # it ended before the look or in the middle of it
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):
+                for child in map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split()):
+                    if child != os.getpid():
+                        found += [child, *_descendants(child)]
     return found
 
 
