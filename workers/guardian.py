@@ -126,9 +126,9 @@ class _Watch:
 def _descendants(pid: int) -> list[int]:
     found: list[int] = []
     with contextlib.suppress(OSError):  # it ended before the look or in the middle of it
-        for task in os.listdir(f"/proc/{pid}/task"):
+        for task in Path(f"/proc/{pid}/task").iterdir():
             with contextlib.suppress(OSError):
-                for child in map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split()):
+                for child in map(int, (task / "children").read_text().split()):
                     if child != os.getpid():
                         found += [child, *_descendants(child)]
     return found
