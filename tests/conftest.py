@@ -28,7 +28,7 @@ _LONGEST = (
     "contract/test_transformers.py",
     "faults/test_real_model.py",
     "faults/test_crash_points.py",
-    "contract/test_engine_contract.py",
+    "contract/engine/test_choosing.py",
     "integration/test_local_fleet.py",
     "unit/test_ledger_stateful.py",
 )

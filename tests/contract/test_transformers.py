@@ -1,6 +1,6 @@
 """What only the transformers engine has to show: its batches, caches, adapters and heads, on real forward passes.
 
-What every engine must do is test_engine_contract.py.
+What every engine must do is in engine/.
 """
 
 from __future__ import annotations

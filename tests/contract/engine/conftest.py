@@ -1,4 +1,4 @@
-"""One engine a module, each test once with every engine.
+"""One engine for all modules of this folder, each test once with every engine.
 
 ``TOKENFLEET_CONTRACT_ENGINES=vllm`` (names of `SUBJECTS`, separated by commas) takes others than the default two."""
 
@@ -13,7 +13,8 @@ from tests.contract.subjects import SUBJECTS
 _NAMES = os.environ.get("TOKENFLEET_CONTRACT_ENGINES", "scripted,transformers").split(",")
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session", params=_NAMES)
+# Of the package: it ends with the last test here, so that no other suite runs beside it.
+@pytest_asyncio.fixture(scope="package", loop_scope="session", params=_NAMES)
 async def subject(request, tmp_path_factory):
     name = request.param
     async with SUBJECTS[name](tmp_path_factory.mktemp(name)) as subject:
