@@ -9,7 +9,7 @@ All begin with ``tokenfleet:<fleet>:`` but for the Celery queue lists and ``cele
 | live:<id>            | channel | the same events live: ``{"seq":first,"events":[…]}``         | submit, append, … |               |
 | queue:<queue>        | zset    | jobs waiting to be claimed; score = lane, then order         | submit, claim, …  | when empty    |
 | order:<queue>        | hash    | order counters and who was claimed when (lost-message rule)  | submit, claim     | never         |
-| due                  | zset    | delayed jobs by the time their message is to be sent         | submit, reap      | when empty    |
+| due                  | zset    | jobs by the time their message is to be sent (again)         | submit, claim, …  | when empty    |
 | deadlines            | zset    | all jobs that have not ended, by the next deadline           | submit, claim, …  | when empty    |
 | workers              | zset    | worker id by the end of its lease (Redis ms)                 | beat, reap        | when empty    |
 | worker:<wid>         | hash    | what a worker says of itself                                 | beat              | with worker   |

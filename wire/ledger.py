@@ -64,9 +64,10 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class NotClaimed:
-    """``running``: another has it. ``unregistered``: the asking worker's own lease has lapsed."""
+    """``running``: another has it. ``unregistered``: the asking worker's own lease has lapsed. ``elsewhere``: another
+    version began it, of which there is a worker; it is sent again."""
 
-    reason: Literal["gone", "ended", "running", "unregistered"]
+    reason: Literal["gone", "ended", "running", "unregistered", "elsewhere"]
 
 
 @dataclass(slots=True)

@@ -399,6 +399,7 @@ class Runtime:
             "host": socket.gethostname(),
             "pid": str(os.getpid()),
             "engine": engine.info.name,
+            "fingerprint": engine.info.fingerprint,
             "slots": str(min(engine.info.slots, self.settings.concurrency)),
             "running": str(len(self.attempts)),
             "steps": str(engine.steps),

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.faults.trial import Trial, ledger_of, stopping
+from tests.faults.trial import Trial, ledger_of, running, stopping
 from tests.fleets import Fleet, wait_until
 from tokenfleet.wire.errors import InvalidRequest, StreamInterrupted
 from tokenfleet.wire.events import ChoiceFinished, Delta, Finished, Started
@@ -119,6 +119,26 @@ def test_what_cant_be_continued_ends_with_a_typed_error(fleet: Fleet) -> None:
             job.result(30)
         assert ledger_of(fleet, job)["state"] == "failed"
         assert len(fresh.result(30).choices[0].ids) == 20, "nothing of it was delivered: it may start anew"
+
+
+def test_another_version_leaves_streams_to_a_worker_of_the_same_while_there_is_one(fleet: Fleet) -> None:
+    """Two workers of one version and one of another, as in the middle of an upgrade. Every stream goes on."""
+    same = [fleet.start_worker(salted=True, token_ms=10.0, wait=False) for _ in range(2)]
+    fleet.start_worker(salted=False, token_ms=10.0, wait=False)
+    for index, worker in enumerate(fleet.workers):
+        fleet.wait_ready(worker, index)
+    with Trial(fleet) as trial:
+        jobs = [trial.submit(f"count {k}", max_new_tokens=300) for k in range(24)]
+        trial.watch(jobs)
+        trial.until_streaming(20)
+        victim = max(same, key=lambda worker: len(running(worker)))
+        hit = len(running(victim))
+        assert hit >= 4, "the other version would hardly be asked"
+        trial.kill(victim)
+        trial.judge(may_run_plain=True)
+        results = [job.result(30) for job in jobs]
+        assert all(len(result.choices[0].ids) == 300 for result in results)
+        assert [result.usage.attempts for result in results].count(2) == hit
 
 
 def test_what_an_engine_cant_continue_is_refused_or_ends_with_its_worker(fleet: Fleet) -> None:

@@ -17,7 +17,7 @@ from tokenfleet.wire.errors import FleetUnavailable
 
 if TYPE_CHECKING:
     from tokenfleet.producer.overview import Overview
-    from tokenfleet.wire.jobs import JobStatus
+    from tokenfleet.wire.jobs import JobStatus, ServedModel
     from tokenfleet.wire.local_files import FleetState
 
 NOT_READY = 3
@@ -107,7 +107,7 @@ def _show_fleet(local: FleetState | None, seen: Overview, as_json: bool) -> None
     if seen.models:
         write("\n")
         rows = [
-            (each.model.name, each.model.engine, str(each.workers), str(each.running), str(each.waiting))
+            (each.model.name, _engines(each.model, seen), str(each.workers), str(each.running), str(each.waiting))
             for each in seen.models
         ]
         table(("MODEL", "ENGINE", "WORKERS", "RUNNING", "WAITING"), rows)
@@ -115,6 +115,11 @@ def _show_fleet(local: FleetState | None, seen: Overview, as_json: bool) -> None
         write("\n")
         rows = [(w.id, w.model, w.host, str(w.pid), f"{w.running}/{w.slots}") for w in seen.workers]
         table(("WORKER", "MODEL", "HOST", "PID", "JOBS"), rows)
+
+
+def _engines(model: ServedModel, seen: Overview) -> str:
+    """Of its workers; without any, of the last."""
+    return ", ".join(sorted({w.engine for w in seen.workers if w.model == model.name})) or model.engine
 
 
 def _show_job(status: JobStatus, as_json: bool) -> None:

@@ -1,12 +1,13 @@
 -- ARGV: prefix, id, worker, owner, 'claim' | 'hold'
 -- Returns {'claimed', epoch, seq, request, prompt, fingerprint, strikes, deadline_ms, tokens, now_ms, options, has links 0/1} |
 --   {'held'} (the worker keeps the message until it has room) | {'gone'} | {'ended', state} |
---   {'running'} (someone else has it) | {'unregistered'} (this worker's lease lapsed)
+--   {'running'} (someone else has it) | {'unregistered'} (this worker's lease lapsed) |
+--   {'elsewhere'} (only a worker of the engine and version that began it can go on with it, and there is one)
 local id, wid, owner, mode = ARGV[2], ARGV[3], ARGV[4], ARGV[5]
 local job = job_key(id)
 if mode == 'claim' then redis.call('SREM', P .. 'held:' .. wid, id) end
 local f = redis.call('HMGET', job, 'state', 'owner', 'queue', 'priority', 'order', 'deadline_ms', 'epoch',
-  'strikes')
+  'strikes', 'tokens', 'fingerprint', 'model')
 if not f[1] then return { 'gone' } end
 if has_ended(f[1]) then return { 'ended', f[1] } end
 if not redis.call('ZSCORE', P .. 'workers', wid) then return { 'unregistered' } end
@@ -15,6 +16,17 @@ local due = redis.call('ZSCORE', P .. 'deadlines', id)
 if f[1] == 'queued' and due and num(due) <= NOW then
   close(id, 'expired', 'expired', 'it waited in the queue longer than it may')
   return { 'ended', 'expired' }
+end
+-- It would end here, for nobody goes on with what another version has begun: its message is sent again soon.
+if f[1] == 'queued' and num(f[9]) > 0 and f[10] and f[10] ~= redis.call('HGET', P .. 'worker:' .. wid, 'fingerprint') then
+  for _, other in ipairs(redis.call('ZRANGEBYSCORE', P .. 'workers', NOW, '+inf')) do
+    local told = redis.call('HMGET', P .. 'worker:' .. other, 'model', 'fingerprint')
+    if told[1] == f[11] and told[2] == f[10] then
+      redis.call('ZREM', P .. 'queue:' .. f[3], id)
+      redis.call('ZADD', P .. 'due', 'NX', NOW + ELSEWHERE_MS, id)
+      return { 'elsewhere' }
+    end
+  end
 end
 if mode == 'hold' then
   redis.call('SADD', P .. 'held:' .. wid, id)

@@ -5,6 +5,7 @@ local time = redis.call('TIME')
 local NOW = time[1] * 1000 + math.floor(time[2] / 1000)
 local SETTLE_MS = 5000       -- a message is lost only if a later job was claimed this long ago
 local ORPHAN_MS = 2000       -- or its queue is empty, and a worker that may have popped it has been dead for so long
+local ELSEWHERE_MS = 100     -- until a message is sent again that the wrong worker has taken
 local MAX_STRIKES = 3
 local LANE = 17592186044416  -- 2^44: a lane's width in a queue's scores
 local MIDDLE = 8796093022208 -- 2^43: new jobs count up from here, handed-over ones down

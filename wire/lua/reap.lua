@@ -32,9 +32,9 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. 'deadlines', '-inf', NOW, '
 end
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', P .. 'due', '-inf', NOW, 'LIMIT', 0, 200)) do
   redis.call('ZREM', P .. 'due', id)
-  local f = redis.call('HMGET', job_key(id), 'state', 'queue', 'priority')
+  local f = redis.call('HMGET', job_key(id), 'state', 'queue', 'priority', 'tokens')
   if f[1] == 'queued' then
-    enqueue(id, f[2], f[3], false)
+    enqueue(id, f[2], f[3], num(f[4]) > 0) -- with tokens it is no delayed one: a worker has left it to another
     released = released + 1
   end
 end
