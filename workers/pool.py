@@ -82,6 +82,7 @@ class AsyncioPool(BasePool):
         self._is_closed = False
         self._is_ending = False
         self._stop_reasons: set[str] = set()
+        self._is_interrupted = False
         signals.celeryd_after_setup.connect(self._meet_worker)
         signals.worker_shutting_down.connect(self._on_shutdown_signal)
         signals.worker_shutdown.connect(self._after_shutdown)
@@ -287,6 +288,8 @@ class AsyncioPool(BasePool):
             self.on_terminate()
         else:
             self._close(self.warm_closing_s)
+            if self._is_interrupted and not self._stop_reasons and self._worker is not None:
+                self._worker.exitcode = os.EX_OK  # all is done, as after SIGTERM; for a Ctrl-C Celery says 1
 
     def on_terminate(self) -> None:
         """Cold shutdown. What was cancelled isn't acked: closing the channel puts it back into the queue."""
@@ -338,7 +341,8 @@ class AsyncioPool(BasePool):
         self._close(self.cold_closing_s)
         self.hub.close()
 
-    def _on_shutdown_signal(self, **_: Any) -> None:
+    def _on_shutdown_signal(self, sig: str = "", **_: Any) -> None:
+        self._is_interrupted = sig == "SIGINT"
         self.on_close()
         self.hub.wake()  # Celery looks at the handler's flag after the hub's current poll: up to a second, else
 

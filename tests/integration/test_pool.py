@@ -334,11 +334,14 @@ def test_grow_and_shrink_change_slots_and_prefetch_and_let_tasks_finish(worker: 
 # -- start --------------------------------------------------------------------------------------------------------
 
 
-def test_lifespans_are_entered_before_the_first_task_and_left_after_the_last(start_pool_worker: StartWorker) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_lifespans_are_entered_before_the_first_task_and_left_after_the_last(
+    start_pool_worker: StartWorker, number: signal.Signals
+) -> None:
     worker = start_pool_worker(is_ready=False)
     worker.send("wait", "x")
     worker.hears("started x")
-    worker.signal(signal.SIGTERM)
+    worker.signal(number)
     worker.open()
     assert worker.exits() == 0
     said = [s for s in worker.said if s != "ready"]
