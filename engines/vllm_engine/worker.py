@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from tokenfleet.engines.lifeline import leave_with_parent
-from tokenfleet.engines.vllm_engine import compat, sampler_v2
+from tokenfleet.engines.vllm_engine import compat, lora_cpu, sampler_v2
 
 if not compat.is_front_end:
     leave_with_parent()
     if compat.may_use_v2():
         sampler_v2.install()
+    lora_cpu.install()
 
 
 class WorkerExtension:
