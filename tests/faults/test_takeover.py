@@ -83,6 +83,22 @@ def two_workers(fleet: Fleet, **options: Any) -> list[Worker]:
     return workers
 
 
+def test_a_stream_that_was_cut_goes_on_before_jobs_that_wait(fleet: Fleet) -> None:
+    first = fleet.start_worker(token_ms=2.0, env={"TOKENFLEET_SLOTS": "1"})
+    client = fleet.client()
+    cut = client.submit(stopping(50), max_new_tokens=60)
+    with cut.stream() as stream:
+        until(20, stream)
+        waiting = [client.submit("count", max_new_tokens=5) for _ in range(4)]
+        first.kill_group(signal.SIGKILL)
+        second = fleet.start_worker(token_ms=2.0, env={"TOKENFLEET_SLOTS": "1"})
+        assert isinstance(list(stream)[-1], Finished)
+    for job in waiting:
+        job.result()
+    order = [line["sequence_id"] for line in second.record if line["event"] == "prefill"]
+    assert [each.startswith(cut.id) for each in order] == [True, False, False, False, False]
+
+
 def test_a_shorter_lease_finds_a_lost_machine_sooner(fleet: Fleet) -> None:
     """The guardian dies with its worker, as when the machine is gone: only the lease tells."""
     lease = {"TOKENFLEET_LEASE": '{"heartbeat_s": 0.3, "lease_s": 1.0}'}
