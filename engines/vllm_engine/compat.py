@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 _ENVIRONMENT = {
@@ -63,6 +65,26 @@ def parsed_prompt(model_config: Any, prompt: Mapping[str, Any]) -> Any:
     from vllm.renderers.inputs.preprocess import parse_model_prompt
 
     return parse_model_prompt(model_config, prompt)
+
+
+def place_videos(made: Any, seconds: Sequence[float]) -> None:
+    """Correct in ``made``, the renderer's engine input, how long a step of each video's grid lasts, if the model is
+    told that: Qwen2.5-VL's positions follow from it. 0.26 takes 24 frames a second for granted. The name under which
+    vLLM keeps what it computed for a video tells rates apart, too."""
+    import torch
+
+    videos = list(made.get("mm_kwargs", {}).get("video", ()))
+    names = list(made.get("mm_hashes", {}).get("video", ()))
+    wrong = False
+    for number, (video, right) in enumerate(zip(videos, seconds, strict=bool(videos))):
+        element = video and video.get("second_per_grid_ts")
+        if element and not math.isclose(float(element.data), right, rel_tol=1e-3):
+            changed = replace(element, data=torch.tensor(right))
+            videos[number] = type(video)({**video, "second_per_grid_ts": changed})
+            names[number] += f"@{right:.6f}"
+            wrong = True
+    if wrong:
+        made["mm_kwargs"]["video"], made["mm_hashes"]["video"] = videos, names
 
 
 def structured_outputs(**constraint: str) -> Mapping[str, Any]:

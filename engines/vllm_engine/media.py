@@ -43,6 +43,7 @@ class VllmMedia:
         self._ids = {kind: processor.tokenizer.convert_tokens_to_ids(token) for kind, token in tokens.items() if token}
         vision = getattr(engine.model_config.hf_config, "vision_config", None)
         self._is_qwen = hasattr(vision, "spatial_merge_size") and hasattr(vision, "temporal_patch_size")
+        self._grid_frames = getattr(getattr(processor, "video_processor", None), "temporal_patch_size", 2)
         self._recent: Recent[Decoded] = Recent(_KEPT_BYTES, _size_of)
 
     def serve(self) -> None:
@@ -87,6 +88,7 @@ class VllmMedia:
                 f"vLLM can't take the media: {error}", code="invalid_media", param="messages",
                 hint="Does the model's template have a place for each?",
             ) from error  # fmt: skip
+        compat.place_videos(made, [self._grid_frames / video.fps for video in decoded.videos])
         return made
 
     def _decoded(self, media: Sequence[Media]) -> Decoded:
