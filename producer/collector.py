@@ -95,8 +95,11 @@ class Follower:
             self._read_log = True
             self._wake.set()
 
-    def check(self, last_seq: int | None) -> None:
-        """The collector's own call, with the job's last event by the ledger; None if the job is gone."""
+    def check(self, last_seq: int | None, asked_at: int | None = None) -> None:
+        """The collector's own call, with the job's last event by the ledger; None if the job is gone.
+
+        ``asked_at``: the cursor when the ledger was asked. What has come since is no sign of a loss."""
+        asked_at = self.cursor if asked_at is None else asked_at
         if last_seq is None:
             self.fail(
                 LostState(
@@ -105,10 +108,8 @@ class Follower:
                 if self._seen
                 else unknown(self.job_id)
             )
-        elif last_seq < self.cursor:
-            self.fail(
-                LostState(f"Redis lost the end of job {self.job_id}: {last_seq} events, {self.cursor} were read.")
-            )
+        elif last_seq < asked_at:
+            self.fail(LostState(f"Redis lost the end of job {self.job_id}: {last_seq} events, {asked_at} were read."))
         elif last_seq > self.cursor:
             self._read_log = True
             self._wake.set()
@@ -322,17 +323,19 @@ class Collector:
         while True:
             await asyncio.sleep(SILENCE_S)
             limit = time.monotonic() - SILENCE_S
-            silent = [job_id for job_id, fs in self._followers.items() if any(f.heard_s < limit for f in fs)]
-            if not silent:
+            if not any(follower.heard_s < limit for fs in self._followers.values() for follower in fs):
                 continue
-            try:
+            with contextlib.suppress(RedisError, OSError):
                 await self._ledger.reap()
-                polled = await self._ledger.poll(silent)
-            except (RedisError, OSError):
-                continue
-            for job_id, state in zip(silent, polled, strict=True):
-                for follower in self._followers.get(job_id, ()):
-                    follower.check(state.seq if state else None)
+                silent = {
+                    job_id: [(follower, follower.cursor) for follower in fs]
+                    for job_id, fs in self._followers.items()
+                    if any(follower.heard_s < limit for follower in fs)
+                }
+                polled = await self._ledger.poll(list(silent))
+                for asked, state in zip(silent.values(), polled, strict=True):
+                    for follower, cursor in asked:
+                        follower.check(state.seq if state else None, cursor)
 
 
 def is_terminal(event: AnyEvent) -> bool:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
 from tests.fleets import MODEL, Fleet
+from tests.processes import on_this_machine
+from tests.servers import RedisServer
 from tokenfleet import AsyncClient
 from tokenfleet.producer.collector import Collector
 from tokenfleet.wire import urls
+from tokenfleet.wire.events import Started, encode
+from tokenfleet.wire.jobs import JobOptions, ServedModel
 from tokenfleet.wire.keys import Keys, new_id
-from tokenfleet.wire.ledger import Ledger
+from tokenfleet.wire.ledger import Batch, Claim, Ledger, Polled
 
 
 @pytest.mark.timeout(120)
@@ -55,5 +61,49 @@ async def test_many_readers_that_begin_at_once_share_one_subscription(served: Fl
             await reading
             kept = len(connection.connection_pool._in_use_connections)
             assert kept <= 1, f"{kept} connections are held for one subscription"
+    await collector.close()
+    await connection.aclose()
+
+
+class SlowToAnswer(Ledger):
+    """Its answers to `poll` come when the test lets them."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.has_asked, self.may_answer = asyncio.Event(), asyncio.Event()
+
+    async def poll(self, job_ids: Sequence[str]) -> list[Polled | None]:
+        polled = await super().poll(job_ids)
+        self.has_asked.set()
+        await self.may_answer.wait()
+        return polled
+
+
+async def test_what_is_read_while_the_ledger_answers_is_no_loss(shared_redis: RedisServer) -> None:
+    """The answer is older than the event that came meanwhile, on another connection."""
+    connection = urls.connect_async(shared_redis.url)
+    ledger = SlowToAnswer(connection, Keys(shared_redis.fleet))
+    worker, job_id, owner = new_id(), new_id(), new_id()
+    await ledger.serve(ServedModel("m", "scripted", 100), new_id())
+    await ledger._run("beat", worker, 60_000, "register", 0)
+    await ledger.submit(job_id, "m", b"{}", JobOptions())
+    assert isinstance(claim := await ledger.claim(job_id, worker, owner), Claim)
+
+    async def write(seq: int) -> None:
+        event = encode(Started(seq, worker, 1))
+        assert await ledger.append([Batch(job_id, claim.epoch, owner, seq, 0, [event])]) == ["ok"]
+
+    collector = Collector(ledger)
+    async with asyncio.timeout(on_this_machine(20)), collector.follow(job_id) as follower:
+        assert [seq for seq, _ in await follower.next_batch()] == [1]
+        await ledger.has_asked.wait()  # silent for a second
+        await write(2)
+        assert [seq for seq, _ in await follower.next_batch()] == [2]
+        ledger.may_answer.set()
+        await asyncio.sleep(0)
+        for seq in (3, 4):
+            reading = asyncio.create_task(follower.next_batch())
+            await write(seq)
+            assert [each for each, _ in await reading] == [seq]
     await collector.close()
     await connection.aclose()
