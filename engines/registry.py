@@ -76,7 +76,7 @@ def options_of(model: type[Options], args: Mapping[str, Any], name: str) -> Opti
         first = error.errors(include_url=False, include_input=False)[0]
         place = f"{'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
         said = "There is no such option." if first["type"] == "extra_forbidden" else first["msg"]
-        said = f"Engine {name}: {place}{said.removeprefix('Value error, ')}"
+        said = f"Engine {name}: {place}{said.removeprefix('Value error, ').rstrip('.')}."
         raise ConfigurationError(said, hint="See docs/settings.md.") from error
 
 

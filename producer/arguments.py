@@ -146,6 +146,8 @@ class FleetArguments(BaseModel):
         return args
 
 
+_BRANCHES = ("str", "dict[", "tuple[")
+"""pydantic's names of a union's branches, which are nothing that a user has written."""
 _CHOOSE_ATTENTION = ("vllm", "sglang")
 _VLLM_NAMES = tuple(name for name in FleetArguments.model_fields if name.startswith("vllm_"))
 _SGLANG_NAMES = tuple(name for name in FleetArguments.model_fields if name.startswith("sglang_"))
@@ -174,7 +176,7 @@ def split_arguments(args: Mapping[str, Any]) -> tuple[FleetArguments, dict[str, 
         params, fleet = GenerationParams.model_validate(generation), FleetArguments.model_validate(rest)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
+        place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(_BRANCHES))
         raise ConfigurationError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from error
     if fleet.redis_url is None:
         check_supported(fleet.engine, params)

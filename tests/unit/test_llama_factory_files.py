@@ -77,8 +77,9 @@ def test_what_is_of_vllm_or_sglang_reaches_it(tmp_path: Path) -> None:
         ),
         ("vllm_config: {trust_remote_code: true}", {"trust_remote_code": True}),
         ("vllm_config: {max_num_seqs: 0}", "max_batch_size"),
-        ("vllm_config: {runner: pooling}", "'runner', which tokenfleet sets itself"),
+        ("vllm_config: {runner: pooling}", "'runner', which tokenfleet sets itself. See"),
         ("vllm_config: '{'", "JSON"),
+        ("vllm_config: [1]", "vllm_config: Input should be a valid dictionary"),
         (
             "sglang_config: {context_length: 8192, mem_fraction_static: 0.8, max_running_requests: 64, tp_size: -1}",
             {"sglang_maxlen": 8192, "sglang_mem_fraction": 0.8, "max_batch_size": 64, "sglang_tp_size": None},
@@ -161,7 +162,7 @@ def test_options_that_contradict_one_another_are_told_in_plain_words() -> None:
 
     with pytest.raises(ConfigurationError) as caught:
         options_of(VllmOptions, {"model_name_or_path": "m", "image_max_pixels": 1, "image_min_pixels": 2}, "vllm")
-    assert caught.value.message == "Engine vllm: image_min_pixels is larger than image_max_pixels"
+    assert caught.value.message == "Engine vllm: image_min_pixels is larger than image_max_pixels."
     with pytest.raises(ConfigurationError) as caught:
         options_of(VllmOptions, {"model_name_or_path": "m", "flash_attn": "fa2"}, "vllm")
     assert caught.value.message == "Engine vllm: flash_attn: There is no such option."
