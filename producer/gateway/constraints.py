@@ -36,6 +36,11 @@ def _openai(wanted: Any) -> dict[str, Any] | None:
             if not isinstance(schema, Mapping):
                 raise InvalidRequest("response_format.json_schema.schema is needed.", param="response_format")
             return {"type": "json_schema", "json_schema": schema}
+        case "regex" | "grammar" as kind:  # not OpenAI's: as everywhere else here
+            name = "pattern" if kind == "regex" else "grammar"
+            if not isinstance(wanted.get(name), str):
+                raise InvalidRequest(f"response_format.{name}: a string is needed.", param="response_format")
+            return {"type": kind, name: wanted[name]}
         case other:
             raise InvalidRequest(f"response_format: unknown type {str(other)[:64]!r}.", param="response_format")
 

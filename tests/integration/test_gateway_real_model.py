@@ -108,6 +108,11 @@ def test_structured_outputs(client: openai.OpenAI) -> None:
         messages=PARIS, extra_body={"structured_outputs": {"choice": ["Paris", "Rome"]}}, **GREEDY
     )
     assert picked.choices[0].message.content in ("Paris", "Rome")
+    for form in ({"type": "regex", "pattern": "Rom[ae]"}, {"type": "grammar", "grammar": 'start: "Rom" /[ae]/'}):
+        formed: Any = client.post(
+            "/chat/completions", body={"messages": PARIS, "response_format": form, **GREEDY}, cast_to=object
+        )
+        assert formed["choices"][0]["message"]["content"] in ("Roma", "Rome")
 
 
 def test_tokens_are_counted_as_the_chat_counts_them(client: openai.OpenAI, url: str) -> None:
