@@ -110,6 +110,16 @@ class FleetArguments(BaseModel):
         path = self.model_name_or_path or ("scripted" if self.engine == "scripted" else DEFAULT_MODEL)
         return path.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
 
+    def check_remote(self, *taken: str) -> None:
+        """With ``redis_url``: a running fleet is run by others, and nothing said here could change its workers. Raises
+        `ConfigurationError` for what would try to; ``taken`` are names of which the caller makes something else."""
+        said = self.model_fields_set - _OF_A_CLIENT - set(taken)
+        if useless := sorted(name for name in said if getattr(self, name) is not None):
+            raise ConfigurationError(
+                f"{', '.join(useless)}: the workers of a running fleet decide that, not its clients.",
+                hint="Leave it out (model names a served model), or for a local fleet the URL (TOKENFLEET_REDIS_URL).",
+            )
+
     def local_fleet(self, **overrides: Any) -> LocalFleetConfig:
         """How to run a local fleet that serves this. Raises `ConfigurationError`."""
         worker: dict[str, Any] = {"model": self.served_as, "engine": self.engine, "engine_args": self._engine_args()}
@@ -146,6 +156,7 @@ class FleetArguments(BaseModel):
         return args
 
 
+_OF_A_CLIENT = frozenset({"redis_url", "fleet", "model", "enable_thinking"})
 _BRANCHES = ("str", "dict[", "tuple[")
 """pydantic's names of a union's branches, which are nothing that a user has written."""
 _CHOOSE_ATTENTION = ("vllm", "sglang")

@@ -31,8 +31,9 @@ class ChatModel:
     """Chat with a model as LLaMA-Factory's class of this name does.
 
     ``args`` with a model (``model_name_or_path``, ``template``, ``infer_backend``, …) starts a private local fleet that
-    is gone with this process or at `close`; ``args={"redis_url": …, "model": …}`` connects to a running one. None or an
-    empty ``args`` takes the default small model. Generation parameters among ``args`` are defaults of every call.
+    is gone with this process or at `close`; ``args={"redis_url": …, "model": …}`` connects to a running one, and may
+    have ``enable_thinking`` besides, but nothing that workers decide. None or an empty ``args`` takes the default small
+    model. Generation parameters among ``args`` are defaults of every call.
     Raises `ConfigurationError` for unknown arguments, by name."""
 
     def __init__(self, args: Mapping[str, Any] | None = None) -> None:
@@ -47,6 +48,9 @@ class ChatModel:
                 "redis_url and model_name_or_path exclude one another.",
                 hint="A running fleet's models have names: give model.",
             )
+        else:
+            self.args.check_remote()
+            self._defaults["enable_thinking"] = self.args.enable_thinking
         try:
             model = self.args.served_as if self._fleet is not None or self.args.model else None
             self._client = Client(url, fleet=fleet, model=model, media=media)

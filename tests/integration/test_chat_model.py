@@ -87,6 +87,10 @@ def test_scores_come_one_a_text(model: ChatModel) -> None:
 def test_unknown_arguments_are_refused_by_name() -> None:
     with pytest.raises(ConfigurationError, match="modle_name_or_path"):
         ChatModel({"modle_name_or_path": "x"})
+    running = {"redis_url": "redis://127.0.0.1:1", "model": "m"}
+    for useless in ({"template": "qwen"}, {"infer_backend": "vllm", "vllm_config": {"seed": 1}}):
+        with pytest.raises(ConfigurationError, match=f"{min(useless)}.*: the workers of a running fleet decide that"):
+            ChatModel({**running, **useless})
     with pytest.raises(ConfigurationError, match="vllm_maxlen"):
         ChatModel({"infer_backend": "hf", "vllm_maxlen": 100})
     with pytest.raises(ConfigurationError, match="temperature"):

@@ -22,7 +22,7 @@ from tokenfleet.cli.arguments import (
 from tokenfleet.cli.connection import MODEL
 from tokenfleet.cli.media import media_options, media_parts, media_settings
 from tokenfleet.cli.output import note, print_error, write
-from tokenfleet.wire.errors import ConfigurationError, TokenfleetError
+from tokenfleet.wire.errors import TokenfleetError
 
 if TYPE_CHECKING:
     from tokenfleet.producer.aio import AsyncClient
@@ -56,7 +56,7 @@ def command(
     request = {**generation, "system": system, "adapter": adapter}
     with contextlib.ExitStack() as stack:
         if args.redis_url:
-            _check_remote(args)
+            args.check_remote("default_system")
             request["enable_thinking"] = args.enable_thinking
             request["system"] = system or args.default_system
             url, fleet, model = args.redis_url, args.fleet, args.model or _environment_model()
@@ -218,16 +218,6 @@ async def _telling(job: Any) -> AsyncIterator[asyncio.Event]:
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-
-
-def _check_remote(args: Any) -> None:
-    """A running fleet is run by others: nothing said here could change its workers."""
-    usable = {"redis_url", "fleet", "model", "default_system", "enable_thinking"}
-    if useless := sorted(args.model_fields_set - usable):
-        raise ConfigurationError(
-            f"{', '.join(useless)}: the workers of a running fleet decide that, not its clients.",
-            hint="Leave it out (--model names a served model), or for a local fleet the URL (TOKENFLEET_REDIS_URL).",
-        )
 
 
 def _environment_model() -> str | None:
