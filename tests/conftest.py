@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["tests.servers", "tests.fleets"]  # redis_server, shared_redis
+pytest_plugins = ["tests.servers", "tests.fleets", "tests.local_fleets"]  # redis_server, shared_redis, fleet, place
 
 _ROOT = Path(__file__).parent
 
@@ -29,7 +29,8 @@ _LONGEST = (
     "faults/test_real_model.py",
     "faults/test_crash_points.py",
     "contract/engine/test_choosing.py",
-    "integration/test_local_fleet.py",
+    "integration/test_local_fleet_users.py",
+    "integration/test_local_fleet_deaths.py",
     "unit/test_ledger_stateful.py",
 )
 
