@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["tests.servers", "tests.fleets", "tests.local_fleets"]  # redis_server, shared_redis, fleet, place
+pytest_plugins = ["tests.servers", "tests.fleets", "tests.local_fleets", "tests.shells"]
 
 _ROOT = Path(__file__).parent
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.fleets import MODEL, Fleet
-from tests.integration.test_cli import Shell
+from tests.shells import Shell
 from tokenfleet import AsyncClient, Client
 from tokenfleet.producer.acceptance import Acceptance
 from tokenfleet.wire import scripts

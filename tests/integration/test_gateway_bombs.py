@@ -19,9 +19,9 @@ from typing import Any
 import openai
 import pytest
 
+from tests.batches import ended, row
 from tests.fleets import MODEL, Fleet
 from tests.gateways import Gateway, start_gateway
-from tests.integration.test_gateway_batches import ended, row
 from tests.receiver import receiver
 from tokenfleet.producer.gateway.safe_fetch import SafeHttp, UrlRefused
 

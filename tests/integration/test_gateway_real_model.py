@@ -15,9 +15,9 @@ import pytest
 from openai.types.responses import Response
 from pydantic import BaseModel
 
+from tests.batches import create, ended, rows_of
 from tests.fleets import ROOT, Fleet
 from tests.gateways import start_gateway
-from tests.integration.test_gateway_batches import create, ended, rows_of
 from tests.servers import RedisServer, new_fleet_name
 
 MODEL = "smollm2-135m-instruct"

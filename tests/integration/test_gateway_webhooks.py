@@ -9,9 +9,9 @@ from pathlib import Path
 import openai
 import pytest
 
+from tests.batches import create, ended, row
 from tests.fleets import MODEL, Fleet, wait_until
 from tests.gateways import Gateway, start_gateway
-from tests.integration.test_gateway_batches import create, ended, row
 from tests.integration.test_gateway_tenants import cli
 from tests.receiver import Call, Receiver, receiver
 

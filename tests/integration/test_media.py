@@ -348,7 +348,7 @@ def test_an_upload_may_be_repeated(seeing: Fleet) -> None:
 
 
 def test_the_command_line_sends_files(seeing: Fleet, tmp_path: Path) -> None:
-    from tests.integration.test_cli import Shell
+    from tests.shells import Shell
 
     shell = Shell(TOKENFLEET_REDIS_URL=seeing.redis.url, TOKENFLEET_FLEET=seeing.redis.fleet)
     image, sound = tmp_path / "a.png", tmp_path / "a.wav"

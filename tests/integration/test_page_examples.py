@@ -10,9 +10,9 @@ from pathlib import Path
 import openai
 import pytest
 
+from tests.batches import row
 from tests.fleets import ROOT, Fleet, wait_until
 from tests.gateways import start_gateway
-from tests.integration.test_gateway_batches import row
 from tests.media_files import image_file, video_file
 
 
