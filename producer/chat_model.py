@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from tokenfleet.producer.aio import piece_of
+from tokenfleet.producer.aio_job import piece_of
 from tokenfleet.producer.arguments import FleetArguments, split_arguments
 from tokenfleet.producer.local_fleet import LocalFleet, ensure
 from tokenfleet.producer.sync import Client

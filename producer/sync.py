@@ -9,7 +9,8 @@ from collections.abc import Coroutine, Generator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from tokenfleet.producer.aio import AsyncClient, AsyncJob, AsyncStream, piece_of, raise_for
+from tokenfleet.producer.aio import AsyncClient
+from tokenfleet.producer.aio_job import AsyncJob, AsyncStream, piece_of, raise_for
 from tokenfleet.producer.deadletters import DeadLetter
 from tokenfleet.producer.media_kinds import Kind
 from tokenfleet.producer.overview import Overview

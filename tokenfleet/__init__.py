@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tokenfleet.producer.aio import AsyncClient, AsyncJob, AsyncStream
+    from tokenfleet.producer.aio import AsyncClient
+    from tokenfleet.producer.aio_job import AsyncJob, AsyncStream
     from tokenfleet.producer.chat_model import ChatModel, Response
     from tokenfleet.producer.sync import Client, Job, JobStream
     from tokenfleet.wire.errors import TokenfleetError
@@ -20,8 +21,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AsyncClient": "producer.aio",
-    "AsyncJob": "producer.aio",
-    "AsyncStream": "producer.aio",
+    "AsyncJob": "producer.aio_job",
+    "AsyncStream": "producer.aio_job",
     "ChatModel": "producer.chat_model",
     "ChatResult": "wire.results",
     "Client": "producer.sync",

@@ -19,7 +19,8 @@ import msgspec
 from fastapi import FastAPI
 from starlette.datastructures import State
 
-from tokenfleet.producer.aio import AsyncClient, AsyncJob
+from tokenfleet.producer.aio import AsyncClient
+from tokenfleet.producer.aio_job import AsyncJob
 from tokenfleet.producer.gateway import errors
 from tokenfleet.wire.chat import ChatRequest, ScoreRequest
 from tokenfleet.wire.errors import InvalidRequest

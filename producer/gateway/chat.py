@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from tokenfleet.producer.aio import AsyncClient, AsyncJob, raise_for
+from tokenfleet.producer.aio import AsyncClient
+from tokenfleet.producer.aio_job import AsyncJob, raise_for
 from tokenfleet.producer.assembly import Assembly
 from tokenfleet.producer.gateway import documents
 from tokenfleet.producer.gateway.answers import (

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 from fastapi import Request, Response
 
-from tokenfleet.producer.aio import AsyncJob, AsyncStream, raise_for
+from tokenfleet.producer.aio_job import AsyncJob, AsyncStream, raise_for
 from tokenfleet.producer.collector import is_terminal
 from tokenfleet.producer.gateway.errors import error_object
 from tokenfleet.producer.gateway.metrics import Observed

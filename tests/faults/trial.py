@@ -30,7 +30,7 @@ from tests.faults.checker import Evidence, Verdict, check
 from tests.fleets import Fleet, Worker, wait_until
 from tests.processes import on_this_machine
 from tokenfleet import Client, Job
-from tokenfleet.producer.aio import AsyncStream
+from tokenfleet.producer.aio_job import AsyncStream
 from tokenfleet.wire.errors import TokenfleetError
 from tokenfleet.wire.events import AnyEvent, Delta, Started, encode
 

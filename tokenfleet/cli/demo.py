@@ -15,7 +15,8 @@ from tokenfleet.cli.connection import FLEET, MODEL, REDIS_URL, connected
 from tokenfleet.cli.output import for_stream, note, seconds, table, write
 
 if TYPE_CHECKING:
-    from tokenfleet.producer.aio import AsyncClient, AsyncJob
+    from tokenfleet.producer.aio import AsyncClient
+    from tokenfleet.producer.aio_job import AsyncJob
     from tokenfleet.wire.jobs import JobStatus
     from tokenfleet.wire.results import ChatResult
 
@@ -96,7 +97,7 @@ async def _show(url: str, fleet: str, model: str | None, tokens: int) -> None:
 
 
 async def _follow(client: AsyncClient, shown: Shown, display: _Display) -> None:
-    from tokenfleet.producer.aio import piece_of
+    from tokenfleet.producer.aio_job import piece_of
     from tokenfleet.producer.assembly import Assembly
 
     assembly = Assembly(shown.job.id)

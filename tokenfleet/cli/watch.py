@@ -12,7 +12,7 @@ from tokenfleet.cli.connection import connected, connection_options
 from tokenfleet.cli.output import write, write_json
 
 if TYPE_CHECKING:
-    from tokenfleet.producer.aio import AsyncStream
+    from tokenfleet.producer.aio_job import AsyncStream
 
 
 @click.command("watch")
@@ -50,7 +50,7 @@ async def _print_text(stream: AsyncStream, choice: int) -> None:
 
 
 async def _print_events(stream: AsyncStream) -> None:
-    from tokenfleet.producer.aio import raise_for
+    from tokenfleet.producer.aio_job import raise_for
 
     async for event in stream:
         write_json({"seq": stream.cursor, **msgspec.to_builtins(event)})
