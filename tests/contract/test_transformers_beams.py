@@ -10,10 +10,10 @@ import pytest
 import pytest_asyncio
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 from tests.contract import small_models  # noqa: E402
-from tests.contract.test_transformers import answer, assert_best, prompt, sequence, started, until  # noqa: E402
+from tests.contract.transformers_runs import answer, assert_best, prompt, sequence, started, until  # noqa: E402
 from tokenfleet.engines.choice import DeliveredChoice  # noqa: E402
 from tokenfleet.engines.generation import GenerationJob, generate_deltas  # noqa: E402
 from tokenfleet.engines.hf_tokenizer import HFTokenizer  # noqa: E402

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from tests.contract import small_models  # noqa: E402
-from tests.contract.test_transformers import answer, assert_best, prompt, sequence, started  # noqa: E402
+from tests.contract.transformers_runs import answer, assert_best, prompt, sequence, started  # noqa: E402
 from tokenfleet.engines.families import FAMILIES  # noqa: E402
 from tokenfleet.wire.chat import ChatRequest  # noqa: E402
 from tokenfleet.wire.errors import ConfigurationError, UnknownModel  # noqa: E402
