@@ -18,7 +18,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from tokenfleet.engines.base import EngineInfo
 from tokenfleet.engines.families import cell_of, kinds_given
 from tokenfleet.engines.folders import Folders, check_scores, check_weights, is_classifier
-from tokenfleet.engines.media.positions import go_on_after_videos
+from tokenfleet.engines.media.positions import go_on_after_videos, space_frames
 from tokenfleet.engines.media.processing import MediaProcessor, Prepared, load_processor
 from tokenfleet.engines.rewards import RewardHead, classifier_head, find_value_head, no_rewards
 from tokenfleet.engines.rope import scaled
@@ -125,6 +125,9 @@ class LoadedModel:
             known = {**inputs, "attention_mask": torch.ones_like(ids)}
             positions = self.model._prepare_position_ids_for_generation(ids, known)
             if positions.dim() == 3:
+                if (seconds := inputs.get("second_per_grid_ts")) is not None:
+                    rate = self.model.config.vision_config.tokens_per_second
+                    space_frames(positions[-3:, 0], types[0], inputs["video_grid_thw"].tolist(), seconds, rate)
                 go_on_after_videos(positions[-3:, 0], types[0])
             # It leaves what it found in the model for the next step; here each row has its own.
             # The first of four rows, where there are four, is the plain place in the text.

@@ -58,13 +58,24 @@ def save(family: str, folder: Path, **more):
 
 
 def _position_as_qwen(model):
-    """See `go_on_after_videos`: the plain model is to be the one that Qwen trained."""
+    """See `go_on_after_videos` and `space_frames`: the plain model is to be the one that Qwen trained."""
     plain = model.get_rope_index
 
     def get_rope_index(*args, **named):
         positions, deltas = plain(*args, **named)
         types = named["mm_token_type_ids"]
         assert len(types) == 1
+        seconds, grids = (named.get(name) for name in ("second_per_grid_ts", "video_grid_thw"))
+        videos = iter([] if seconds is None or grids is None else list(zip(seconds, grids.tolist(), strict=True)))
+        for place in range(types.shape[1]):
+            if types[0, place] != 2 or types[0, place - 1] == 2:
+                continue
+            if (video := next(videos, None)) is None:
+                break
+            apart, (steps, height, width) = video[0] * model.config.vision_config.tokens_per_second, video[1]
+            size = height * width // model.config.vision_config.spatial_merge_size**2
+            for token in range(steps * size):
+                positions[0, 0, place + token] = positions[1, 0, place] + int(token // size * apart)
         for place in range(1, types.shape[1]):
             if types[0, place - 1] and not types[0, place]:
                 after = int(positions[:, 0, :place].max()) + 1

@@ -139,6 +139,7 @@ def arguments(engine_name, folder):
     if engine_name == "vllm":
         return args | {
             "vllm_enforce_eager": True, "vllm_maxlen": ROOM, "vllm_config": {"kv_cache_memory_bytes": 1 << 27},
+            **({"vllm_gpu_util": 0.1} if ON_GPU else {}),
         }  # fmt: skip
     return args | {"sglang_maxlen": ROOM, "sglang_config": SGLANG_ON_GPU if ON_GPU else {}}
 

@@ -324,3 +324,18 @@ def test_text_goes_on_after_a_videos_last_frame() -> None:
     again = positions.clone()
     go_on_after_videos(again, types)
     assert torch.equal(again, positions)
+
+
+def test_a_videos_steps_stand_as_far_apart_as_they_are_in_time() -> None:
+    torch = pytest.importorskip("torch")
+    from tokenfleet.engines.media.positions import space_frames
+
+    # A text, three steps of one by two, a text, an image, two steps of one by one: as transformers 5.17 has them.
+    types = torch.tensor([0, 2, 2, 2, 2, 2, 2, 0, 1, 2, 2])
+    positions = torch.tensor(
+        [[0, 1, 1, 1, 1, 1, 1, 3, 4, 5, 5], [0, 1, 1, 1, 1, 1, 1, 3, 4, 5, 5], [0, 1, 2, 1, 2, 1, 2, 3, 4, 5, 5]]
+    )
+    rest = positions[1:].clone()
+    space_frames(positions, types, [[3, 2, 4], [2, 2, 2]], [0.375, 0.5], 4)
+    assert positions[0].tolist() == [0, 1, 1, 2, 2, 4, 4, 3, 4, 5, 7]
+    assert torch.equal(positions[1:], rest)
