@@ -18,6 +18,7 @@ from tokenfleet.engines.folders import (
     check_weights,
     first_line,
     is_classifier,
+    read_json,
 )
 from tokenfleet.engines.lora_joining import choices
 from tokenfleet.engines.options import MOST_ADAPTERS_AT_ONCE, quantised_by
@@ -26,9 +27,8 @@ from tokenfleet.engines.sglang_engine.adapters import completed
 from tokenfleet.engines.sglang_engine.front import FrontEnd
 from tokenfleet.engines.sglang_engine.media import SglangMedia, media_processor
 from tokenfleet.engines.sglang_engine.options import SglangOptions
+from tokenfleet.engines.sglang_engine.pool import cpu_pool_tokens
 from tokenfleet.wire.errors import ConfigurationError, EngineDead
-
-_CPU_POOL_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +116,10 @@ def _arguments(folder: Path, lora: Mapping[str, Path], options: SglangOptions) -
         "random_seed": 0,  # of nothing that a request sees; another one per start would be another order of ranks
     }
     if not torch.cuda.is_available():
+        pool_tokens = cpu_pool_tokens(read_json(folder / "config.json"), options.max_batch_size)
         args |= {
             "device": "cpu", "attention_backend": "torch_native", "disable_cuda_graph": True,
-            "disable_overlap_schedule": True, "max_total_tokens": _CPU_POOL_TOKENS,
+            "disable_overlap_schedule": True, "max_total_tokens": pool_tokens,
         }  # fmt: skip
     args |= {
         **options.sglang_config,
