@@ -103,8 +103,7 @@ class MediaProcessor:
             inputs.update(made)
             texts["video"] = tuple(written)
         if decoded.audios:
-            options = {**merged["audio_kwargs"], "sampling_rate": self._settings.audio_sampling_rate}
-            made, written = processor._process_audio(list(decoded.audios), **options)
+            made, written = self._audios(decoded, merged["audio_kwargs"])
             inputs.update(made)
             texts["audio"] = tuple(written)
         for kind, each in texts.items():
@@ -112,6 +111,19 @@ class MediaProcessor:
                 raise invalid(f"An {kind} is too small for the model to see or hear anything in it.")
         unused = {*processor.unused_input_names, "video_metadata", "num_crops"}
         return Prepared(digest, texts, {name: value for name, value in inputs.items() if name not in unused})
+
+    def _audios(self, decoded: Decoded, options: dict[str, Any]) -> tuple[Mapping[str, Any], Sequence[str]]:
+        processor, audios = self._processor, list(decoded.audios)
+        rate = {"sampling_rate": self._settings.audio_sampling_rate}
+        if type(processor).replace_audio_token is not transformers.ProcessorMixin.replace_audio_token:
+            made, written = processor._process_audio(audios, **options, **rate)
+            return made, written
+        # Qwen2-Audio's in transformers 5.12, which SGLang 0.5.17 wants, writes audios into a text of its own only.
+        token = processor.audio_token
+        made = processor(text=[token] * len(audios), audio=audios, padding=True, return_tensors="pt", **rate)
+        ids = made.pop("input_ids")
+        del made["attention_mask"]
+        return made, [token * int(count) for count in (ids == processor.audio_token_id).sum(dim=1)]
 
     def _videos(self, decoded: Decoded, options: dict[str, Any]) -> tuple[Mapping[str, Any], Sequence[str]]:
         """Frames are sampled already, so the processor must not choose among them again."""
