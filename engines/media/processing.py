@@ -64,6 +64,14 @@ class MediaProcessor:
             if part is not None and isinstance(token := getattr(processor, f"{kind}_token", None), str)
         }
         self.modalities = tuple(self.tokens)
+        self._frames_are_images = "video" in self.tokens and "pixel_values_videos" not in processor.model_input_names
+        """Whether the model takes a video's frames among the images, in order, as InternVL does."""
+        # Gemma 3's word for an image is what begins one.
+        own = {kind: getattr(self.tokenizer, f"{kind}_token", None) or token for kind, token in self.tokens.items()}
+        self.places = own
+        """By kind: the token that stands in a prompt, written out, wherever the model sees or hears something."""
+        if self._frames_are_images:
+            self.places["video"] = self.tokens["image"]
         self._recent: Recent[Prepared] = Recent(_KEPT_BYTES, lambda prepared: prepared.nbytes)
 
     def expansion(self, media: Sequence[Media]) -> Expansion:
@@ -77,13 +85,13 @@ class MediaProcessor:
         def make() -> Prepared:
             decoded = decode(media, self._settings, is_qwen=self._is_qwen)
             try:
-                return self._prepared(digest, decoded)
+                return self._prepared(digest, [medium.kind for medium in media], decoded)
             except _FAILURES as error:
                 raise invalid(f"The model's processor can't take the media: {type(error).__name__}: {error}") from error
 
         return self._recent.get(digest, make)
 
-    def _prepared(self, digest: bytes, decoded: Decoded) -> Prepared:
+    def _prepared(self, digest: bytes, kinds: Sequence[str], decoded: Decoded) -> Prepared:
         processor = self._processor
         merged = processor._merge_kwargs(
             processor.valid_processor_kwargs,
@@ -109,6 +117,9 @@ class MediaProcessor:
         for kind, each in texts.items():
             if not all(each):
                 raise invalid(f"An {kind} is too small for the model to see or hear anything in it.")
+        if self._frames_are_images and "pixel_values_videos" in inputs:
+            inputs["pixel_values"] = _in_order(kinds, inputs)
+            del inputs["pixel_values_videos"]
         unused = {*processor.unused_input_names, "video_metadata", "num_crops"}
         return Prepared(digest, texts, {name: value for name, value in inputs.items() if name not in unused})
 
@@ -148,6 +159,14 @@ class MediaProcessor:
     def token_types(self, ids: Sequence[int]) -> torch.Tensor:
         """``[1, tokens]``: 0 text, 1 image, 2 video, 3 audio."""
         return torch.tensor(self._processor.create_mm_token_type_ids([list(ids)]))
+
+
+def _in_order(kinds: Sequence[str], inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Pictures ``[pictures, channels, height, width]``: an image's tiles, a video's frames."""
+    tiles = [int(count) for count in inputs.get("num_patches", ())]
+    images = iter(torch.as_tensor(inputs["pixel_values"]).split(tiles) if tiles else ())
+    videos = iter(inputs["pixel_values_videos"])
+    return torch.cat([torch.as_tensor(next(images if kind == "image" else videos)) for kind in kinds])
 
 
 def check_settings(processor: Any, settings: MediaSettings) -> None:

@@ -29,7 +29,7 @@ from tokenfleet.engines.transformers_engine.kv import BatchCache
 from tokenfleet.engines.transformers_engine.norms import simplify_norms
 from tokenfleet.engines.transformers_engine.options import TransformersOptions
 from tokenfleet.engines.transformers_engine.packing import pack
-from tokenfleet.wire.errors import ConfigurationError
+from tokenfleet.wire.errors import ConfigurationError, InvalidRequest
 from tokenfleet.wire.support import Refusal
 
 _ATTENTION = {"disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "fa3": "flash_attention_3"}
@@ -115,6 +115,13 @@ class LoadedModel:
     def media_inputs(self, prompt_ids: Sequence[int], prepared: Prepared) -> MediaInputs:
         """What the prompt is read with, positions included where the model has its own for images (Qwen-VL's three)."""
         assert self.media is not None
+        lost = [name for name in prepared.inputs if name.startswith("pixel_values") and name not in self._accepted]
+        if lost:  # it would read the places of what it was not given as words
+            raise InvalidRequest(
+                f"The model has no input {lost[0]!r}, which its processor makes of these media.",
+                code="unsupported_modality",
+                param="messages",
+            )
         types = self.media.token_types(prompt_ids)
         # PaliGemma's say what is read in both directions (0): all of the prompt. Others mark media.
         own = torch.zeros_like(types) if self.model.config.model_type == "paligemma" else types
