@@ -13,6 +13,7 @@ from tokenfleet.engines.base import EngineInfo
 from tokenfleet.engines.folders import (
     QUANTISED,
     Folders,
+    architectures,
     check_scores,
     check_weights,
     first_line,
@@ -24,7 +25,7 @@ from tokenfleet.engines.options import MOST_ADAPTERS_AT_ONCE, quantised_by
 from tokenfleet.engines.rewards import RewardHead, find_value_head, no_rewards
 from tokenfleet.engines.rope import overridden
 from tokenfleet.engines.vllm_engine import adapters as lora
-from tokenfleet.engines.vllm_engine import compat
+from tokenfleet.engines.vllm_engine import compat, cpu_blocks
 from tokenfleet.engines.vllm_engine.media import VllmMedia, check_folder
 from tokenfleet.engines.vllm_engine.options import VllmOptions
 from tokenfleet.wire.errors import ConfigurationError, EngineDead
@@ -72,7 +73,7 @@ def load(options: VllmOptions) -> LoadedVllm:
     with contextlib.ExitStack() as folders:
         parts = _parts(options, folders)
         if not parts.is_pooling:
-            check_folder(parts.model, options, trust_remote_code=options.trust_remote_code)
+            check_folder(parts.model, options.shown_name, options, trust_remote_code=options.trust_remote_code)
         engine, tokenizer = _started(parts, options)
         takes_media = engine.model_config.is_multimodal_model and not parts.is_pooling
         media = VllmMedia(engine, options) if takes_media else None
@@ -183,6 +184,7 @@ def _arguments(parts: _Parts, options: VllmOptions, *, is_v2: bool) -> dict[str,
         **_purpose(parts, is_v2=is_v2),
         **_quantization(options),
         **_rope(parts.model, options),
+        **(cpu_blocks.arguments(architectures(parts.model)) if is_cpu else {}),
     }
     if options.vllm_maxlen is not None:
         args["max_model_len"] = options.vllm_maxlen

@@ -11,15 +11,16 @@ from typing import Any
 import transformers
 
 from tokenfleet.engines.base import Media
-from tokenfleet.engines.families import KINDS, kinds_given
-from tokenfleet.engines.folders import has_processor
+from tokenfleet.engines.families import KINDS, cell_of, kinds_given
+from tokenfleet.engines.folders import architectures, has_processor
 from tokenfleet.engines.media import Decoded, MediaSettings, Video, decode
 from tokenfleet.engines.media.decoding import Recent, digest_of
 from tokenfleet.engines.media.failures import invalid
 from tokenfleet.engines.media.processing import check_settings, cutting
 from tokenfleet.engines.templates.expansion import Expansion
 from tokenfleet.engines.vllm_engine import compat
-from tokenfleet.wire.errors import InvalidRequest
+from tokenfleet.wire.errors import ConfigurationError, InvalidRequest
+from tokenfleet.wire.support import Refusal
 
 _KEPT_BYTES = 128 << 20
 
@@ -80,10 +81,12 @@ class VllmMedia:
         prompt = {"prompt_token_ids": list(ids), "multi_modal_data": _data(decoded, self._settings)}
         if decoded.images and self._cuts:
             prompt["mm_processor_kwargs"] = dict(self._cuts)
+        # The last for a prompt that has no place for a medium.
+        errors: tuple[type[Exception], ...] = (*compat.request_errors(), AssertionError)
         try:
             parsed = compat.parsed_prompt(self._engine.model_config, prompt)
             (made,) = await renderer.render_cmpl_async([parsed], renderer.default_cmpl_tok_params, **more)
-        except compat.request_errors() as error:
+        except errors as error:
             raise InvalidRequest(
                 f"vLLM can't take the media: {error}", code="invalid_media", param="messages",
                 hint="Does the model's template have a place for each?",
@@ -95,9 +98,15 @@ class VllmMedia:
         return self._recent.get(digest_of(media), lambda: decode(media, self._settings, is_qwen=self._is_qwen))
 
 
-def check_folder(folder: Path, settings: MediaSettings, *, trust_remote_code: bool) -> None:
-    """Raises `ConfigurationError` for settings that the model in ``folder`` can't honour, before vLLM takes half a
-    minute to start; `VllmMedia` asks again, of the processor that vLLM uses."""
+def check_folder(folder: Path, label: str, settings: MediaSettings, *, trust_remote_code: bool) -> None:
+    """Raises `ConfigurationError` for a model that vLLM doesn't compute as it is meant, and for settings that the one
+    in ``folder`` can't honour, before vLLM takes half a minute to start; `VllmMedia` asks again for these, of the
+    processor that vLLM uses."""
+    if isinstance(why := cell_of("vllm", architectures(folder)), Refusal):
+        raise ConfigurationError(
+            f"vLLM can't serve {label!r}: {why.reason}",
+            hint=f"Serve it with transformers or sglang, where these have it. See {why.source}",
+        )
     if not has_processor(folder):
         return
     try:

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from vllm import SamplingParams
+from vllm.platforms import current_platform
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from tokenfleet.engines.lifeline import leave_with_parent
-from tokenfleet.engines.vllm_engine import compat, lora_cpu
+from tokenfleet.engines.vllm_engine import compat, cpu_blocks, lora_cpu
 from tokenfleet.engines.vllm_engine.extras import Cut, Guide, Guides, History
 
 if not compat.is_front_end:
@@ -23,6 +24,8 @@ if not compat.is_front_end:
     leave_with_parent()
     compat.want_output_ids_only_if_needed()
     lora_cpu.install()
+    if current_platform.is_cpu():
+        cpu_blocks.install()
 
 
 class HistoryProcessor(LogitsProcessor):
