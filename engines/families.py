@@ -58,43 +58,26 @@ def _family(*names: str, transformers: Cell, vllm: Cell, sglang: Cell = _OTHER_S
 
 FAMILIES: Mapping[str, Family] = {
     "LLaVA": _family("Llava", transformers=_IMAGES, vllm=_IMAGES, sglang=_IMAGES),
-    "LLaVA-NeXT": _family(
-        "LlavaNext",
-        transformers=_IMAGES,
-        vllm=_MAYBE_IMAGES,
-        sglang=Refusal(
-            "SGLang has LLaVA-NeXT as its authors first published it, not in the form that transformers has it.",
-            f"{_SGLANG}/llava.py",
-        ),
+    "LLaVA-NeXT": _family("LlavaNext", transformers=_IMAGES, vllm=_IMAGES, sglang=_IMAGES),
+    "LLaVA-NeXT-Video": _family(
+        "LlavaNextVideo", transformers=_MAYBE_FILMS, vllm=Given(untested=("video",)), sglang=_MAYBE_FILMS
     ),
-    "LLaVA-NeXT-Video, Video-LLaVA": _family(
-        "LlavaNextVideo", "VideoLlava", transformers=_MAYBE_FILMS, vllm=_MAYBE_FILMS
-    ),
+    "Video-LLaVA": _family("VideoLlava", transformers=_MAYBE_FILMS, vllm=_MAYBE_FILMS),
     "Qwen2-VL": _family("Qwen2VL", transformers=_FILMS, vllm=_FILMS, sglang=_FILMS),
     "Qwen2.5-VL": _family("Qwen2_5_VL", transformers=_FILMS, vllm=_FILMS, sglang=_FILMS),
     "Qwen3-VL": _family("Qwen3VL", transformers=_FILMS, vllm=_FILMS, sglang=_FILMS),
     "Qwen2-Audio": _family("Qwen2Audio", transformers=_SOUNDS, vllm=_SOUNDS, sglang=_SOUNDS),
-    "InternVL": _family(
-        "InternVL",
-        transformers=_STILLS,
-        vllm=_STILLS,
-        sglang=Refusal(
-            "SGLang has InternVL with its authors' own code, not in the form that transformers has it.",
-            f"{_SGLANG}/internvl.py",
-        ),
-    ),
-    "Gemma 3": _family(
-        "Gemma3",
-        transformers=_IMAGES,
-        vllm=_IMAGES,
-        sglang=Refusal(
-            "An image's tokens attend to one another with one of SGLang's attention backends only, and not where a "
-            "prompt is read in pieces or its beginning is cached.",
-            f"{_SGLANG}/gemma3_mm.py",
-        ),
-    ),
+    "InternVL": _family("InternVL", transformers=_STILLS, vllm=_FILMS, sglang=_FILMS),
+    "Gemma 3": _family("Gemma3", transformers=_IMAGES, vllm=_IMAGES, sglang=_IMAGES),
     "PaliGemma": _family(
-        "PaliGemma", transformers=_IMAGES, vllm=_MAYBE_IMAGES, sglang=Refusal("SGLang has no PaliGemma.", _SGLANG)
+        "PaliGemma",
+        transformers=_IMAGES,
+        vllm=Refusal(
+            "vLLM reads PaliGemma's texts from left to right only, where it was trained to read all of a prompt in "
+            "both directions, and puts its image and the end of a line into each prompt by itself.",
+            "https://github.com/vllm-project/vllm/blob/main/vllm/model_executor/models/paligemma.py",
+        ),
+        sglang=_IMAGES,
     ),
     "Mllama": _family(
         "Mllama",
@@ -106,6 +89,11 @@ FAMILIES: Mapping[str, Family] = {
         vllm=Refusal(
             "vLLM took Mllama out.",
             "https://github.com/vllm-project/vllm/blob/main/vllm/model_executor/models/registry.py",
+        ),
+        sglang=Refusal(
+            "SGLang lets every token of a prompt attend to all of an image, also to what only fills it up, and to an "
+            "image that comes after the token.",
+            f"{_SGLANG}/mllama.py",
         ),
     ),
     "Qwen2.5-Omni, Qwen3-Omni": _family(

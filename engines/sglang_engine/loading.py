@@ -23,12 +23,15 @@ from tokenfleet.engines.folders import (
 from tokenfleet.engines.lora_joining import choices
 from tokenfleet.engines.options import MOST_ADAPTERS_AT_ONCE, quantised_by
 from tokenfleet.engines.rope import overridden
+from tokenfleet.engines.sglang_engine import seeing
 from tokenfleet.engines.sglang_engine.adapters import completed
 from tokenfleet.engines.sglang_engine.front import FrontEnd
 from tokenfleet.engines.sglang_engine.media import SglangMedia, media_processor
 from tokenfleet.engines.sglang_engine.options import SglangOptions
 from tokenfleet.engines.sglang_engine.pool import cpu_pool_tokens
 from tokenfleet.wire.errors import ConfigurationError, EngineDead
+
+_CPU_PREFILL_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,7 @@ def load(options: SglangOptions) -> LoadedSglang:
             # Names of our own: what all requests get has one in SGLang, too.
             lora = {name: str(number) for number, name in enumerate(adapters)}
             paths = {lora[name]: adapter.path for name, adapter in adapters.items()}
+            seeing.register(architectures(folder))
             front = FrontEnd(**_arguments(folder, paths, options))
     except TypeError as error:
         raise ConfigurationError(f"SGLang {sglang.__version__} does not know this of sglang_config: {error}") from error
@@ -109,6 +113,7 @@ def load(options: SglangOptions) -> LoadedSglang:
 def _arguments(folder: Path, lora: Mapping[str, Path], options: SglangOptions) -> dict[str, Any]:
     import torch
 
+    needed = _needed(folder, options)
     args: dict[str, Any] = {
         "log_level": "warning",
         "load_format": "auto" if options.allow_pickle else "safetensors",
@@ -121,8 +126,11 @@ def _arguments(folder: Path, lora: Mapping[str, Path], options: SglangOptions) -
             "device": "cpu", "attention_backend": "torch_native", "disable_cuda_graph": True,
             "disable_overlap_schedule": True, "max_total_tokens": pool_tokens,
         }  # fmt: skip
+        if needed:  # SGLang keeps memory free for as many tokens as it may read at once
+            args["max_prefill_tokens"] = _CPU_PREFILL_TOKENS
     args |= {
         **options.sglang_config,
+        **needed,
         "model_path": str(folder),
         "tokenizer_path": str(folder),
         "skip_tokenizer_init": True,
@@ -145,6 +153,17 @@ def _arguments(folder: Path, lora: Mapping[str, Path], options: SglangOptions) -
         if not torch.cuda.is_available():
             args.setdefault("lora_backend", "torch_native")
     return args
+
+
+def _needed(folder: Path, options: SglangOptions) -> dict[str, Any]:
+    needed = seeing.arguments(architectures(folder))
+    for name, value in needed.items():
+        if options.sglang_config.get(name, value) != value:
+            raise ConfigurationError(
+                f"sglang_config: {name} is to be {value} for this model, which attends to tokens that come later.",
+                hint="Leave it out.",
+            )
+    return needed
 
 
 def _method(options: SglangOptions) -> str | None:

@@ -25,7 +25,7 @@ from tokenfleet.wire.support import Refusal
 
 log = logging.getLogger(__name__)
 
-_FEATURES = {"image": "pixel_values", "video": "pixel_values_videos", "audio": "input_features"}
+_FEATURES = {"image": ("pixel_values",), "video": ("pixel_values_videos", "pixel_values"), "audio": ("input_features",)}
 _MODALITIES = {"image": Modality.IMAGE, "video": Modality.VIDEO, "audio": Modality.AUDIO}
 
 
@@ -38,7 +38,7 @@ class SglangMedia:
         self._config = config
         self.modalities = kinds_given("sglang", config.architectures, processor.modalities)
         tokenizer = processor.tokenizer
-        self._ids = {kind: tokenizer.convert_tokens_to_ids(processor.tokens[kind]) for kind in self.modalities}
+        self._ids = {kind: tokenizer.convert_tokens_to_ids(processor.places[kind]) for kind in self.modalities}
 
     def expansion(self, media: Sequence[Media]) -> Expansion:
         """Raises `InvalidRequest` for media that can't be decoded or that the model can't take."""
@@ -53,8 +53,8 @@ class SglangMedia:
     def inputs(self, prompt_ids: Sequence[int], delivered_ids: Sequence[int], media: Sequence[Media]) -> Any:
         """SGLang's own form of the prompt. Raises `InvalidRequest`, also for a prompt that has not as many of the
         model's tokens for media as these are written with."""
-        spans = {kind: iter(_places(prompt_ids, self._ids[kind])) for kind in self.modalities}
-        items = [self._item(medium, spans[medium.kind]) for medium in media]
+        spans = {token: iter(_places(prompt_ids, token)) for token in self._ids.values()}
+        items = [self._item(medium, spans[self._ids[medium.kind]]) for medium in media]
         if any(next(left, None) is not None for left in spans.values()):
             raise _foreign()
         ids = [*prompt_ids, *delivered_ids]
@@ -77,12 +77,12 @@ class SglangMedia:
 
     def _item(self, medium: Media, places: Iterator[int]) -> MultimodalDataItem:
         prepared = self._processor.prepared([medium])
-        count = prepared.texts[medium.kind][0].count(self._processor.tokens[medium.kind])
+        count = prepared.texts[medium.kind][0].count(self._processor.places[medium.kind])
         mine = list(islice(places, count))
         if len(mine) != count:
             raise _foreign()
         inputs: dict[str, Any] = dict(prepared.inputs)
-        feature = inputs.pop(_FEATURES[medium.kind])
+        feature = inputs.pop(next(name for name in _FEATURES[medium.kind] if name in inputs))
         if medium.kind == "audio":
             inputs["audio_feature_lens"] = torch.tensor([count])
         item = MultimodalDataItem(

@@ -28,10 +28,12 @@ def run(server_args: Any, *args: Any, **kwargs: Any) -> None:
     from sglang.srt.managers.scheduler import run_scheduler_process
 
     from tokenfleet.engines.folders import architectures
-    from tokenfleet.engines.sglang_engine import compat, grammars, sampler, towers
+    from tokenfleet.engines.sglang_engine import compat, grammars, sampler, seeing, towers
 
     sampler.register()
-    towers.install(architectures(Path(server_args.model_path)))
+    names = architectures(Path(server_args.model_path))
+    seeing.register(names)
+    towers.install(names)
     _coalesce(compat.streamer())
     grammars.compiler.prepare(server_args.model_path, bool(server_args.trust_remote_code))
     run_scheduler_process(server_args, *args, **kwargs)

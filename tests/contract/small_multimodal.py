@@ -50,6 +50,8 @@ def save(family: str, folder: Path, **more):
         for name, parameter in model.named_parameters():
             if "projector" in name or "merger" in name:
                 parameter.mul_(4) if parameter.any() else parameter.normal_(0, 0.3)
+        if "gemma" in family:  # which would say again what it reads: it writes by what it reads with
+            model.get_input_embeddings().weight.mul_(0.2)
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, 1
     model.save_pretrained(folder)
     if family in ("qwen2_vl", "qwen2_5_vl"):
@@ -220,38 +222,67 @@ def _gemma3(folder, head_dim=16):
     vision = hf.SiglipVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
     )
-    text = {**TEXT, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "head_dim": head_dim}
+    text = {
+        **TEXT,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "head_dim": head_dim,
+        "query_pre_attn_scalar": 1,  # attends to few tokens, not to all as much
+        "tie_word_embeddings": True,  # as all of Google's
+    }
     config = hf.Gemma3Config(
-        vision_config=vision, text_config=hf.Gemma3TextConfig(**text, vocab_size=len(tok)), mm_tokens_per_image=4,
+        vision_config=vision, text_config=hf.Gemma3TextConfig(**text, vocab_size=len(tok)), mm_tokens_per_image=16,
         boi_token_index=boi, eoi_token_index=eoi, image_token_index=soft, image_token_id=soft,
-        initializer_range=0.3, tie_word_embeddings=False,
+        initializer_range=0.3, tie_word_embeddings=True,
     )  # fmt: skip
     images = hf.Gemma3ImageProcessorPil(size={"height": 56, "width": 56})
-    hf.Gemma3Processor(images, tok, image_seq_length=4, chat_template=chat(image="<start_of_image>")).save_pretrained(
+    hf.Gemma3Processor(images, tok, image_seq_length=16, chat_template=chat(image="<start_of_image>")).save_pretrained(
         folder
     )
     return hf.Gemma3ForConditionalGeneration(config)
 
 
-def _llava_next(folder):
-    tok = tokenizer()
-    vision = hf.CLIPVisionConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14,
-        initializer_range=0.3,
-    )  # fmt: skip
-    grid = [[28, 56], [56, 28], [56, 56]]
-    config = hf.LlavaNextConfig(
-        vision_config=vision, text_config=hf.LlamaConfig(**TEXT, vocab_size=len(tok)), image_grid_pinpoints=grid,
-        image_token_index=_ids(tok, "<image>")[0], vision_feature_layer=-1,
-    )  # fmt: skip
-    images = hf.LlavaNextImageProcessorPil(
-        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=grid
-    )
+def _llava_next(folder, head_dim=12):
+    config, images, tok = _llava_next_parts(hf.LlavaNextConfig, head_dim)
     hf.LlavaNextProcessor(
         images, tok, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
         chat_template=chat(image="<image>"),
     ).save_pretrained(folder)  # fmt: skip
     return hf.LlavaNextForConditionalGeneration(config)
+
+
+def _llava_next_video(folder, head_dim=12):
+    # vLLM divides by the size in patches of a patch.
+    config, images, tok = _llava_next_parts(hf.LlavaNextVideoConfig, head_dim, size=12, patch=3)
+    config.video_token_index = _ids(tok, "<video>")[0]
+    tok.chat_template = chat(image="<image>", video="<video>")
+    tok.save_pretrained(folder)
+    images.save_pretrained(folder)
+    kind = {"processor_class": "LlavaNextVideoProcessor"}
+    _add(folder / "preprocessor_config.json", **kind)
+    told = {"patch_size": 3, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    (folder / "processor_config.json").write_text(json.dumps(told | kind))
+    videos = {"size": {"shortest_edge": 12}, "crop_size": {"height": 12, "width": 12}}
+    videos["video_processor_type"] = "LlavaNextVideoVideoProcessor"
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(videos))
+    return hf.LlavaNextVideoForConditionalGeneration(config)
+
+
+def _llava_next_parts(config_class, head_dim, size=28, patch=14):
+    tok = tokenizer()
+    vision = hf.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=size,
+        patch_size=patch, initializer_range=0.3,
+    )  # fmt: skip
+    grid = [[size, 2 * size], [2 * size, size], [2 * size, 2 * size]]
+    config = config_class(
+        vision_config=vision, text_config=hf.LlamaConfig(**TEXT, vocab_size=len(tok), head_dim=head_dim),
+        image_grid_pinpoints=grid, image_token_index=_ids(tok, "<image>")[0], vision_feature_layer=-1,
+    )  # fmt: skip
+    images = hf.LlavaNextImageProcessorPil(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}, image_grid_pinpoints=grid
+    )
+    return config, images, tok
 
 
 def _intern_vl(folder, head_dim=12):
@@ -260,7 +291,7 @@ def _intern_vl(folder, head_dim=12):
         "video_token": "<video>",
     }  # fmt: skip
     tok = tokenizer(extra_special_tokens=names)
-    tok.chat_template = chat(image="<IMG_CONTEXT>")
+    tok.chat_template = chat(image="<IMG_CONTEXT>", video="<video>")
     vision = {
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
         "image_size": [28, 28], "patch_size": [7, 7], "initializer_range": 0.3,
@@ -276,9 +307,9 @@ def _intern_vl(folder, head_dim=12):
     return hf.InternVLForConditionalGeneration(config)
 
 
-def _paligemma(folder):
+def _paligemma(folder, head_dim=16):
     tok = tokenizer()
-    text = {**TEXT, "head_dim": 16}
+    text = {**TEXT, "head_dim": head_dim, "tie_word_embeddings": True}
     vision = hf.SiglipVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
     )
@@ -288,7 +319,7 @@ def _paligemma(folder):
     config = hf.PaliGemmaConfig(
         vision_config=vision, text_config=hf.GemmaConfig(**text, vocab_size=len(tok)), projection_dim=48,
         image_token_index=_ids(tok, "<image>")[0], image_token_id=_ids(tok, "<image>")[0], initializer_range=0.3,
-        tie_word_embeddings=False,
+        tie_word_embeddings=True,
     )  # fmt: skip
     return hf.PaliGemmaForConditionalGeneration(config)
 
@@ -302,6 +333,7 @@ _MAKERS = {
     "paligemma": _paligemma,
     "llava": _llava,
     "llava_next": _llava_next,
+    "llava_next_video": _llava_next_video,
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,

@@ -16,6 +16,7 @@ import pytest
 from tests import media_files as files
 from tests.faults.trial import ledger_of
 from tests.fleets import Fleet, Worker, wait_until
+from tokenfleet import Client
 from tokenfleet.wire.errors import InvalidRequest
 from tokenfleet.wire.events import Delta, Finished
 
@@ -50,13 +51,29 @@ def started(fleet: Fleet, engine: str, model: Path, index: int) -> Worker:
     return worker
 
 
+def gap(engine: str, model: Any, folder: Path, client: Client, data: bytes) -> float:
+    """By how much an answer is not the best that transformers' own model has, in logits."""
+    from tests.contract.test_engines_media import Served, processor
+    from tokenfleet.engines.base import Media
+
+    plain = processor(folder)
+    served = Served(engine, "llava", model, None, plain, plain)
+    no_images = dict.fromkeys(served.barred, -100.0)
+    job = client.submit("What is this?", images=[data], model=MODEL, logit_bias=no_images, **GREEDY)
+    with job.stream() as stream:
+        ids = [token for event in stream if isinstance(event, Delta) for token in event.ids]
+    assert len(ids) == GREEDY["max_new_tokens"]
+    media = [Media("image", data)]
+    return float(served.gap(served.expected(["image", "What is this?"], media), media, ids))
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_image_goes_from_a_file_to_the_answer_and_survives_its_worker(
     engine: str, fleet: Fleet, tmp_path: Path
 ) -> None:
     from tests.contract import small_multimodal
 
-    small_multimodal.save("llava", tmp_path / "model", head_dim=32)
+    model = small_multimodal.save("llava", tmp_path / "model", head_dim=32)
     small_multimodal.as_on_the_hub(tmp_path / "model")
     worker = started(fleet, engine, tmp_path / "model", 0)
     client = fleet.client()
@@ -69,6 +86,7 @@ def test_an_image_goes_from_a_file_to_the_answer_and_survives_its_worker(
     answer = text("What is this?", images=[tmp_path / "cat.png"])
     assert answer != text("What is this?", images=[other])
     assert answer == text("<image>What is this?", images=[data])
+    assert gap(engine, model, tmp_path / "model", client, data) < 1e-3
     url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
     parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is this?"}]
     assert answer == text([{"role": "user", "content": parts}])
