@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import itertools
 import os
 import re
 from contextlib import aclosing
@@ -46,7 +47,8 @@ ENGINES = [
 ]
 FAMILIES = ["llava_next", "qwen2_vl", "qwen2_audio"]
 """LLaVA is what real workers are held to, in tests/integration/test_engines_media_worker.py."""
-CASES = [(engine, family) for engine in ENGINES for family in FAMILIES]
+MORE = {"vllm": ["qwen2_5_vl"]}  # whose videos have a test of their own
+CASES = [(engine, family) for engine in ENGINES for family in FAMILIES + MORE.get(engine, [])]
 ON_GPU = torch.cuda.is_available()
 TOLERANCE = {"sglang": 0.3} if ON_GPU else {}
 """In logits, where it isn't 1e-3: on a GPU SGLang's kernels take 16 bits only. Another medium, or the same at another
@@ -66,7 +68,7 @@ BRIEFLY = {
     "qwen3_vl": SETTINGS,
 }
 """Further families, of which no more is asked than whether they see; and the settings that they are loaded with."""
-BY_HAND = frozenset({"llava_next_video"})
+BY_HAND = frozenset({"llava_next_video"})  # with TOKENFLEET_BY_HAND=1: an engine takes long to start
 CUTS = frozenset({"image_do_pan_and_scan", "crop_to_patches"})
 NEW = 12
 ROOM = 512
@@ -338,16 +340,21 @@ async def test_what_can_not_be_shown_to_a_model_is_refused_and_hurts_nobody(it):
     await it.engine.check()
 
 
-@pytest.mark.parametrize("engine_name", ENGINES)
-@pytest.mark.parametrize("family", BRIEFLY)
+def in_brief(engine_name, family):
+    if engine_name == "transformers" and not CUTS & BRIEFLY[family].keys():
+        return False  # tests/contract/test_media.py has it
+    return (engine_name, family) not in CASES and (family not in BY_HAND or "TOKENFLEET_BY_HAND" in os.environ)
+
+
+@pytest.mark.parametrize(
+    ("engine_name", "family"), [case for case in itertools.product(ENGINES, BRIEFLY) if in_brief(*case)]
+)
 async def test_more_families_see_as_transformers_does_also_images_that_are_cut(engine_name, family, tmp_path):
     settings = BRIEFLY[family]
+    if engine_name != "transformers" and not has_torchvision():
+        pytest.skip(f"models that see need torchvision in {engine_name}: `make setup-{engine_name}-cpu`")
     if engine_name == "vllm":
         multiply_in_full()
-    if engine_name == "transformers" and not (CUTS & settings.keys()):
-        pytest.skip("tests/contract/test_media.py has it")
-    if family in BY_HAND and "TOKENFLEET_BY_HAND" not in os.environ:
-        pytest.skip("run by hand, with TOKENFLEET_BY_HAND=1: an engine's start takes long")
     model = await asyncio.to_thread(save, family, tmp_path)
     started = load(engine_name, {**arguments(engine_name, tmp_path), **settings}, ModelSettings("m"))
     if isinstance(why := cell_of(engine_name, [type(model).__name__]), Refusal):
