@@ -194,7 +194,7 @@ def _place(messages: list[dict[str, Any]], kind: Kind, refs: list[dict[str, str]
     parts = sum(_kind(part) == kind for message in messages for part in _parts_of(message))
     if words and words != (len(refs) or parts):
         raise InvalidRequest(
-            f"There are {len(refs) or parts} {kind}s and {words} times {word} in the texts.",
+            f"{kind.capitalize()}s given: {len(refs) or parts}; times that the texts have {word}: {words}.",
             code="media_mismatch",
             hint=f"Give one {kind} for each {word}, or leave the words out.",
             param="messages",
