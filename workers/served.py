@@ -137,7 +137,9 @@ class Served:
     def _check_continuable(self, request: ChatRequest, claim: Claim) -> None:
         info = self.engine.info
         if claim.fingerprint != info.fingerprint:
-            raise StreamInterrupted("The job's worker died, and the others serve another version of its model.")
+            raise StreamInterrupted(
+                "The job's worker died, and those left are of another engine or version of its model."
+            )
         if continuation(info.name, request.params, info.uncontinued) == "no":
             raise StreamInterrupted("The job's worker died, and this engine can't continue its parameters.")
 
