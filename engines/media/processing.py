@@ -62,6 +62,7 @@ class MediaProcessor:
             kind: token
             for kind, part in (("image", image), ("video", _video(processor)), ("audio", _audio(processor)))
             if part is not None and isinstance(token := getattr(processor, f"{kind}_token", None), str)
+            if _writes(processor, kind)
         }
         self.modalities = tuple(self.tokens)
         self._frames_are_images = "video" in self.tokens and "pixel_values_videos" not in processor.model_input_names
@@ -218,6 +219,19 @@ def load_processor(
     if source := getattr(processor, "chat_template", None):
         made.tokenizer.chat_template = source
     return made
+
+
+def _writes(processor: Any, kind: str) -> bool:
+    """Whether ``processor`` tells what stands in a text for a medium. LLaVA-NeXT's, Gemma 3's, InternVL's and
+    PaliGemma's don't in transformers 5.12, which SGLang 0.5.17 wants."""
+    own, plain = type(processor), transformers.ProcessorMixin
+    steps = (f"_process_{kind}s", f"replace_{kind}_token")
+    if kind == "audio" or any(getattr(own, step) is not getattr(plain, step) for step in steps):
+        return True
+    log.warning(
+        "With transformers %s %s takes no %ss: it needs a later one.", transformers.__version__, own.__name__, kind
+    )
+    return False
 
 
 def _assembled(folder: Path, tokenizer: Any) -> Any:

@@ -176,7 +176,10 @@ def save(family, folder):
 
 def processor(folder, **settings):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    return load_processor(folder, tokenizer, MediaSettings(**settings), trust_remote_code=False)
+    made = load_processor(folder, tokenizer, MediaSettings(**settings), trust_remote_code=False)
+    if made is None:
+        pytest.skip(f"transformers {transformers.__version__} has no processor of this family that can be used")
+    return made
 
 
 def has_torchvision():

@@ -257,6 +257,20 @@ async def test_what_can_not_be_shown_to_a_model_is_refused_and_hurts_nobody(tmp_
         assert it.engine.steps - steps < 40
 
 
+async def test_a_processor_that_only_writes_a_text_of_its_own_leaves_a_model_of_texts(tmp_path, monkeypatch, caplog):
+    """As LLaVA-NeXT's does in transformers 5.12."""
+    await asyncio.to_thread(small.save, "llava_next", tmp_path)
+    plain = transformers.ProcessorMixin.replace_image_token
+    monkeypatch.setattr(transformers.LlavaNextProcessor, "replace_image_token", plain)
+    args = {"model_name_or_path": str(tmp_path), "infer_dtype": "float32"}
+    loaded = await load("transformers", args, ModelSettings("m"))
+    try:
+        assert loaded.engine.info.modalities == ("text",)
+        assert f"With transformers {transformers.__version__} LlavaNextProcessor takes no images" in caplog.text
+    finally:
+        await loaded.engine.close()
+
+
 async def test_an_image_token_without_its_image_fails_alone(tmp_path):
     async with served("llava", tmp_path) as it:
         good = it.sequence(["image", "What is this?"], media_of("llava", 1))
