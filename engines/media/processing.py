@@ -61,8 +61,7 @@ class MediaProcessor:
         self.tokens = {
             kind: token
             for kind, part in (("image", image), ("video", _video(processor)), ("audio", _audio(processor)))
-            if part is not None and isinstance(token := getattr(processor, f"{kind}_token", None), str)
-            if _writes(processor, kind)
+            if part is not None and isinstance(token := _word(processor, kind), str)
         }
         self.modalities = tuple(self.tokens)
         self._frames_are_images = "video" in self.tokens and "pixel_values_videos" not in processor.model_input_names
@@ -104,7 +103,7 @@ class MediaProcessor:
         if decoded.images:
             options = merged["images_kwargs"]
             options |= cutting(self._settings, processor.image_processor)
-            made, written = processor._process_images(list(decoded.images), **options)
+            made, written = self._images(decoded, options)
             inputs.update(made)
             texts["image"] = tuple(written)
         if decoded.videos:
@@ -124,10 +123,25 @@ class MediaProcessor:
         unused = {*processor.unused_input_names, "video_metadata", "num_crops"}
         return Prepared(digest, texts, {name: value for name, value in inputs.items() if name not in unused})
 
+    def _images(self, decoded: Decoded, options: dict[str, Any]) -> tuple[Mapping[str, Any], Sequence[str]]:
+        processor, images = self._processor, list(decoded.images)
+        if _writes(processor, "image"):
+            made, written = processor._process_images(images, **options)
+            return made, written
+        # Those of transformers 5.12 for Gemma 3, InternVL, LLaVA-NeXT and PaliGemma, too, write into a text only.
+        word, own = self.tokens["image"], {"add_special_tokens": False, "padding": False}
+        texts = []
+        for image in images:
+            made = processor(text=[word], images=[image], images_kwargs=options, text_kwargs=own)
+            text = self.tokenizer.decode(made["input_ids"][0], clean_up_tokenization_spaces=False)
+            is_framed = not isinstance(processor, transformers.PaliGemmaProcessor)  # which ends a text by itself
+            texts.append(text if is_framed else word * text.count(word))
+        return processor.image_processor(images, **options), texts
+
     def _audios(self, decoded: Decoded, options: dict[str, Any]) -> tuple[Mapping[str, Any], Sequence[str]]:
         processor, audios = self._processor, list(decoded.audios)
         rate = {"sampling_rate": self._settings.audio_sampling_rate}
-        if type(processor).replace_audio_token is not transformers.ProcessorMixin.replace_audio_token:
+        if _writes(processor, "audio"):
             made, written = processor._process_audio(audios, **options, **rate)
             return made, written
         # Qwen2-Audio's in transformers 5.12, which SGLang 0.5.17 wants, writes audios into a text of its own only.
@@ -221,19 +235,6 @@ def load_processor(
     return made
 
 
-def _writes(processor: Any, kind: str) -> bool:
-    """Whether ``processor`` tells what stands in a text for a medium. LLaVA-NeXT's, Gemma 3's, InternVL's and
-    PaliGemma's don't in transformers 5.12, which SGLang 0.5.17 wants."""
-    own, plain = type(processor), transformers.ProcessorMixin
-    steps = (f"_process_{kind}s", f"replace_{kind}_token")
-    if kind == "audio" or any(getattr(own, step) is not getattr(plain, step) for step in steps):
-        return True
-    log.warning(
-        "With transformers %s %s takes no %ss: it needs a later one.", transformers.__version__, own.__name__, kind
-    )
-    return False
-
-
 def _assembled(folder: Path, tokenizer: Any) -> Any:
     """The processor out of its parts, for want of torchvision: without that transformers makes no processor that has a
     part for videos. Qwen's take a video's frames as images (`FramesAsImages`); others then take no video."""
@@ -276,3 +277,25 @@ def _video(processor: Any) -> Any:
 
 def _audio(processor: Any) -> Any:
     return getattr(processor, "audio_processor", None) or getattr(processor, "feature_extractor", None)
+
+
+def _writes(processor: Any, kind: str) -> bool:
+    """Whether it tells what a medium is written as. In transformers 5.12, which SGLang 0.5.17 wants, LLaVA-NeXT's,
+    Gemma 3's, InternVL's and PaliGemma's don't of images, and InternVL's not of videos."""
+    own, plain = type(processor), transformers.ProcessorMixin
+    steps = (f"_process_{kind}" + ("" if kind == "audio" else "s"), f"replace_{kind}_token")
+    return any(getattr(own, step) is not getattr(plain, step) for step in steps)
+
+
+def _word(processor: Any, kind: str) -> Any:
+    """What the model's chat template writes for a medium; None for a kind that can't be told from others here."""
+    if _writes(processor, kind) or kind == "audio":
+        return getattr(processor, f"{kind}_token", None)
+    if kind == "image":
+        return getattr(processor, "boi_token", None) or getattr(processor, "image_token", None)
+    log.warning(
+        "With transformers %s %s takes no videos: it needs a later one.",
+        transformers.__version__,
+        type(processor).__name__,
+    )
+    return None

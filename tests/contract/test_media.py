@@ -18,6 +18,8 @@ from tests import media_files as files  # noqa: E402
 from tests.contract import small_multimodal as small  # noqa: E402
 from tokenfleet.engines.base import Media, Sequence  # noqa: E402
 from tokenfleet.engines.generation import resolve_max_new_tokens  # noqa: E402
+from tokenfleet.engines.media import MediaSettings  # noqa: E402
+from tokenfleet.engines.media.processing import load_processor  # noqa: E402
 from tokenfleet.engines.registry import Loaded, ModelSettings, load  # noqa: E402
 from tokenfleet.wire.chat import ChatRequest, GenerationParams  # noqa: E402
 from tokenfleet.wire.errors import ContextLengthExceeded, InvalidRequest  # noqa: E402
@@ -257,18 +259,34 @@ async def test_what_can_not_be_shown_to_a_model_is_refused_and_hurts_nobody(tmp_
         assert it.engine.steps - steps < 40
 
 
-async def test_a_processor_that_only_writes_a_text_of_its_own_leaves_a_model_of_texts(tmp_path, monkeypatch, caplog):
-    """As LLaVA-NeXT's does in transformers 5.12."""
-    await asyncio.to_thread(small.save, "llava_next", tmp_path)
-    plain = transformers.ProcessorMixin.replace_image_token
-    monkeypatch.setattr(transformers.LlavaNextProcessor, "replace_image_token", plain)
-    args = {"model_name_or_path": str(tmp_path), "infer_dtype": "float32"}
-    loaded = await load("transformers", args, ModelSettings("m"))
-    try:
-        assert loaded.engine.info.modalities == ("text",)
-        assert f"With transformers {transformers.__version__} LlavaNextProcessor takes no images" in caplog.text
-    finally:
-        await loaded.engine.close()
+@pytest.mark.parametrize("family", ["llava_next", "gemma3", "intern_vl", "paligemma"])
+async def test_a_processor_that_only_writes_a_text_of_its_own_is_asked_for_that(family, tmp_path, monkeypatch):
+    """As these do in transformers 5.12."""
+    small.save(family, tmp_path)
+    plain = processor_of(tmp_path)
+    kind = next(each for each in type(plain._processor).__mro__ if "replace_image_token" in vars(each))
+    write, call = kind.replace_image_token, kind.__call__
+
+    def called(*args, **named):
+        with monkeypatch.context() as then:
+            then.setattr(kind, "replace_image_token", write)
+            return call(*args, **named)
+
+    monkeypatch.setattr(kind, "replace_image_token", transformers.ProcessorMixin.replace_image_token)
+    monkeypatch.setattr(kind, "__call__", called)
+    media = media_of(family, 1, 2)
+    expected, found = plain, processor_of(tmp_path)
+    assert found.tokens["image"] == expected.tokens["image"]
+    told = found.prepared(media)
+    monkeypatch.undo()
+    wanted = expected.prepared(media)
+    assert told.texts == wanted.texts
+    assert all(torch.equal(told.inputs[name], wanted.inputs[name]) for name in wanted.inputs)
+
+
+def processor_of(folder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return load_processor(folder, tokenizer, MediaSettings(), trust_remote_code=False)
 
 
 async def test_an_image_token_without_its_image_fails_alone(tmp_path):
