@@ -203,7 +203,7 @@ ALLOWED = {
     "tokenfleet": {"core"},
     "engines": {"core", "hf", "vllm", "sglang"},
     "workers": {"core", "hf", "local", "flower"},
-    "tests": {"core", "dev", "local", "hf", "gateway", "flower", "packaging", "sglang"},
+    "tests": {"core", "dev", "local", "hf", "gateway", "flower", "packaging", "vllm", "sglang"},
     "bench": {"core", "dev", "local", "hf", "gateway", "vllm", "sglang"},
 }
 
