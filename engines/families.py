@@ -37,7 +37,7 @@ class Family:
         return {"transformers": self.transformers, "vllm": self.vllm, "sglang": self.sglang}[engine]
 
 
-_IMAGES, _MAYBE_IMAGES = Given(("image",)), Given(untested=("image",))
+_IMAGES = Given(("image",))
 _FILMS, _MAYBE_FILMS = Given(("image", "video")), Given(untested=("image", "video"))
 _SOUNDS = Given(("audio",))
 _STILLS = Given(("image",), untested=("video",))

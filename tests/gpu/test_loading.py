@@ -15,7 +15,6 @@ from tests.plain_models import plain_model
 from tokenfleet.engines.base import Sequence
 from tokenfleet.wire.chat import GenerationParams
 
-pytestmark = pytest.mark.timeout(400)
 MODEL = "smollm2-135m-instruct"
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 ENGINES = [name for name in ("transformers", "vllm", "sglang") if importlib.util.find_spec(name)]

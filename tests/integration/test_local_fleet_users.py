@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("place")
 
 HOLDER = """
     import sys
-    from tests.integration.test_local_fleet import config
+    from tests.local_fleets import config
     from tokenfleet.producer.local_fleet import ensure
     fleet = ensure("shared", config(**eval(sys.argv[1])))
     print(fleet.wait_ready(60).pid, flush=True)
@@ -143,7 +143,7 @@ def test_a_private_fleet_leaves_no_process_and_no_file(place: Path) -> None:
 
 OWNER = """
     import os, sys
-    from tests.integration.test_local_fleet import config, family_of
+    from tests.local_fleets import config, family_of
     from tokenfleet.producer.local_fleet import ensure
     fleet = ensure(config=config("parent", sys.argv[1]), private=True)
     fleet.wait_ready(60)
