@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from tokenfleet.engines.media.settings import MediaSettings
+from tokenfleet.wire.errors import ConfigurationError
 
 
 def _comma_list(value: object) -> object:
@@ -131,3 +132,15 @@ def refuse_own(name: str, given: Mapping[str, Any], own: Collection[str]) -> Non
     """Raises `ValueError` if ``given``, an engine's further arguments, name one that tokenfleet sets itself."""
     if taken := sorted(set(own) & given.keys()):
         raise ValueError(f"{name} may not set {taken[0]!r}, which tokenfleet sets itself")
+
+
+def with_needed(name: str, given: Mapping[str, Any], needed: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``needed``, what a model that reads in both directions wants of its engine's own options; raises
+    `ConfigurationError` for one of the config ``name`` that says otherwise."""
+    for option, value in needed.items():
+        if given.get(option, value) != value:
+            raise ConfigurationError(
+                f"{name}: {option} is to be {value} for this model, which attends to tokens that come later.",
+                hint="Leave it out.",
+            )
+    return needed

@@ -21,7 +21,7 @@ from tokenfleet.engines.folders import (
     read_json,
 )
 from tokenfleet.engines.lora_joining import choices
-from tokenfleet.engines.options import MOST_ADAPTERS_AT_ONCE, quantised_by
+from tokenfleet.engines.options import MOST_ADAPTERS_AT_ONCE, quantised_by, with_needed
 from tokenfleet.engines.rope import overridden
 from tokenfleet.engines.sglang_engine import seeing
 from tokenfleet.engines.sglang_engine.adapters import completed
@@ -113,7 +113,7 @@ def load(options: SglangOptions) -> LoadedSglang:
 def _arguments(folder: Path, lora: Mapping[str, Path], options: SglangOptions) -> dict[str, Any]:
     import torch
 
-    needed = _needed(folder, options)
+    needed = with_needed("sglang_config", options.sglang_config, seeing.arguments(architectures(folder)))
     args: dict[str, Any] = {
         "log_level": "warning",
         "load_format": "auto" if options.allow_pickle else "safetensors",
@@ -153,17 +153,6 @@ def _arguments(folder: Path, lora: Mapping[str, Path], options: SglangOptions) -
         if not torch.cuda.is_available():
             args.setdefault("lora_backend", "torch_native")
     return args
-
-
-def _needed(folder: Path, options: SglangOptions) -> dict[str, Any]:
-    needed = seeing.arguments(architectures(folder))
-    for name, value in needed.items():
-        if options.sglang_config.get(name, value) != value:
-            raise ConfigurationError(
-                f"sglang_config: {name} is to be {value} for this model, which attends to tokens that come later.",
-                hint="Leave it out.",
-            )
-    return needed
 
 
 def _method(options: SglangOptions) -> str | None:

@@ -21,7 +21,7 @@ from tokenfleet.engines.folders import (
     read_json,
 )
 from tokenfleet.engines.lora_joining import Choices, choices
-from tokenfleet.engines.options import MOST_ADAPTERS_AT_ONCE, quantised_by
+from tokenfleet.engines.options import MOST_ADAPTERS_AT_ONCE, quantised_by, with_needed
 from tokenfleet.engines.rewards import RewardHead, find_value_head, no_rewards
 from tokenfleet.engines.rope import overridden
 from tokenfleet.engines.vllm_engine import adapters as lora
@@ -168,6 +168,7 @@ def _arguments(parts: _Parts, options: VllmOptions, *, is_v2: bool) -> dict[str,
     from vllm.platforms import current_platform
 
     is_cpu = current_platform.is_cpu()
+    needed = cpu_blocks.arguments(architectures(parts.model)) if is_cpu else {}
     args: dict[str, Any] = {
         "structured_outputs_config": {"backend": "guidance"},  # one dialect of grammars with the transformers engine
         "disable_log_stats": True,
@@ -184,7 +185,7 @@ def _arguments(parts: _Parts, options: VllmOptions, *, is_v2: bool) -> dict[str,
         **_purpose(parts, is_v2=is_v2),
         **_quantization(options),
         **_rope(parts.model, options),
-        **(cpu_blocks.arguments(architectures(parts.model)) if is_cpu else {}),
+        **with_needed("vllm_config", options.vllm_config, needed),
     }
     if options.vllm_maxlen is not None:
         args["max_model_len"] = options.vllm_maxlen
