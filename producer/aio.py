@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from types import TracebackType
@@ -22,6 +23,7 @@ from tokenfleet.wire.chat import ChatRequest, MediaPart, ScoreRequest
 from tokenfleet.wire.errors import (
     FleetUnavailable,
     MediaGone,
+    TokenfleetError,
     UnknownModel,
 )
 from tokenfleet.wire.events import AnyEvent
@@ -153,10 +155,22 @@ class AsyncClient:
             taken = await self._taken(call.pop("messages", ()), call)
             calls.append((*chat_request(taken.messages, call), model, job_id, taken.media))
         jobs: list[AsyncJob] = []
-        for start in range(0, len(calls), 64):
-            jobs += await asyncio.gather(
-                *(self._submit(*call, media=media) for *call, media in calls[start : start + 64])
-            )
+        queued: list[AsyncJob] = []  # of these, as soon as each is
+
+        async def queue(call: Any, media: Mapping[str, bytes] | None) -> AsyncJob:
+            queued.append(job := await self._submit(*call, media=media))
+            return job
+
+        try:
+            for start in range(0, len(calls), 64):
+                some = [queue(call, media) for *call, media in calls[start : start + 64]]
+                for done in await asyncio.gather(*some, return_exceptions=True):
+                    if isinstance(done, BaseException):
+                        raise done
+                    jobs.append(done)
+        except BaseException:  # the caller gets none of them
+            await asyncio.gather(*(job._left() for job in queued), return_exceptions=True)
+            raise
         return jobs
 
     def job(self, job_id: str, *, cancel_on_disconnect: bool = False) -> AsyncJob:
@@ -249,10 +263,11 @@ class AsyncClient:
             if media:
                 await self.media.offer(options.tenant, media)
             try:
-                await self.ledger.submit(
+                submitting = self.ledger.submit(
                     job_id, model, body, options, max_queued=self._max_queued, shown=shown, media=entries,
                     tokens=estimated_tokens(request, body),
                 )  # fmt: skip
+                await (self._or_take_back(submitting, job_id) if options.cancel_on_disconnect else submitting)
                 break
             except UnknownModel:
                 raise unknown(model, await self.models()) from None
@@ -261,6 +276,21 @@ class AsyncClient:
                 if is_last_try or not media or not media.keys() >= set(error.details["missing"]):
                     raise
         return AsyncJob(self, job_id, cancel_on_disconnect=options.cancel_on_disconnect)
+
+    async def _or_take_back(self, submitting: Coroutine[Any, Any, Any], job_id: str) -> None:
+        """Submit; whoever is cancelled meanwhile, and never gets the job, leaves none."""
+        task = self._in_background(submitting)
+
+        async def take_back() -> None:
+            with contextlib.suppress(TokenfleetError):
+                await task
+                await self.ledger.cancel(job_id, "the submitter left")
+
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            await asyncio.shield(self._in_background(take_back()))
+            raise
 
     async def _only_model(self) -> str:
         models = await self.models()

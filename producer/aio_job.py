@@ -14,6 +14,7 @@ from tokenfleet.producer.reading import ChoiceReader
 from tokenfleet.wire.errors import (
     JobCancelled,
     JobExpired,
+    TokenfleetError,
     from_body,
 )
 from tokenfleet.wire.events import AnyEvent, Cancelled, Delta, Expired, Failed
@@ -47,23 +48,29 @@ class AsyncStream:
 
     async def __aenter__(self) -> Self:
         if self._follower is None and not self._ended:
-            collector = await self._job._client._collector()
-            self._follower = await self._context.enter_async_context(collector.follow(self._job.id, self._after))
+            try:
+                collector = await self._job._client._collector()
+                self._follower = await self._context.enter_async_context(collector.follow(self._job.id, self._after))
+            except BaseException as error:
+                await self.__aexit__(type(error), error, None)
+                raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.aclose()
+        try:
+            await self.aclose()
+        except TokenfleetError:
+            if error is None:  # else that says more
+                raise
 
     async def aclose(self) -> None:
-        follower, self._follower = self._follower, None
+        """Leave it; also one that was never begun."""
+        is_early, self._ended, self._follower = not self._ended, True, None
         await self._context.aclose()
-        if follower is not None and not self._ended and self._job._cancel_on_disconnect:
-            self._ended = True
-            # A task of its own: the reader may have been cancelled, and its scope may cancel at every await (anyio's).
-            await asyncio.shield(self._job._client._in_background(self._job.cancel("the reader left")))
-        self._ended = True
+        if is_early:
+            await self._job._left()
 
     def __aiter__(self) -> Self:
         return self
@@ -150,6 +157,12 @@ class AsyncJob:
 
     async def status(self) -> JobStatus:
         return await self._client.ledger.status(self.id)
+
+    async def _left(self) -> None:
+        """Its submitter reads no more."""
+        if self._cancel_on_disconnect:
+            # A task of its own: the reader may have been cancelled, and its scope may cancel at every await (anyio's).
+            await asyncio.shield(self._client._in_background(self.cancel("the reader left")))
 
 
 def piece_of(event: AnyEvent, choice: int = 0) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from tokenfleet.producer.aio import AsyncClient
-from tokenfleet.producer.aio_job import AsyncJob, raise_for
+from tokenfleet.producer.aio_job import AsyncJob, AsyncStream, raise_for
 from tokenfleet.producer.assembly import Assembly
 from tokenfleet.producer.gateway import documents
 from tokenfleet.producer.gateway.answers import (
@@ -49,12 +50,13 @@ async def chat_completions(request: Request) -> Response:
     key = request.headers.get("idempotency-key")
     if isinstance(body.get("messages"), list):
         body["messages"] = await take_media(request, body["messages"])
+    after = 0 if stream is None else last_event_id(request)
     # A caller who can come back by his key keeps the job when his connection breaks.
     chat, options = from_chat_body(body, settings, tenant, cancel_on_disconnect=key is None)
     job, model = await submit(request, chat, options, body, key)
     observed = request.app.state.metrics.job(model.partition(":")[0])
     if stream is not None:
-        chunks = ChatChunks(job.id, model, stream, last_event_id(request))
+        chunks = ChatChunks(job.id, model, stream, after)
         return await event_stream(request, [Source(job, chunks.frame, observed)])
     [answer] = await answers(request, [job], [observed])
     return _json(completion_object(answer.result, model, answer.created, answer.reasoning_tokens))
@@ -72,18 +74,21 @@ async def completions(request: Request) -> Response:
             "webhook: with one prompt only; each of several ends by itself.", code="unsupported_parameter",
             param="webhook",
         )  # fmt: skip
+    # Each job's events are numbered by themselves: only one job's stream can be gone on with by a number.
+    after = last_event_id(request) if stream is not None and len(asked) == 1 else 0
     keys = [key if k == 0 or key is None else f"{key}\0{k}" for k in range(len(asked))]
-    submitted = [
-        await submit(request, chat, options, body, key) for (chat, options), key in zip(asked, keys, strict=True)
-    ]
+    async with contextlib.AsyncExitStack() as not_all:  # one that is refused takes those before it along
+        submitted = []
+        for (chat, options), each_key in zip(asked, keys, strict=True):
+            submitted.append(await submit(request, chat, options, body, each_key))
+            not_all.push_async_exit(submitted[-1][0].stream())
+        not_all.pop_all()
     jobs, model = [job for job, _ in submitted], submitted[0][1]
     n = asked[0][0].params.n
     observed = [request.app.state.metrics.job(model.partition(":")[0]) for _ in jobs]
     if stream is not None:
         # One usage, of all prompts together, comes last.
         each = StreamOptions(stream.usage and len(jobs) == 1, stream.continuous and len(jobs) == 1)
-        # Each job's events are numbered by themselves: only one job's stream can be gone on with by a number.
-        after = last_event_id(request) if len(jobs) == 1 else 0
         chunks = [TextChunks(jobs[0].id, model, each, after, offset=k * n) for k in range(len(jobs))]
         total = AllUsage(chunks[0], len(jobs)) if stream.usage and len(jobs) > 1 else None
         frames = [chunk.frame if total is None else total.then(chunk) for chunk in chunks]
@@ -156,16 +161,18 @@ class Answer:
 
 async def answers(request: Request, jobs: list[AsyncJob], observed: list[Observed]) -> list[Answer]:
     """Wait for all; a client that leaves cancels them within 2 s (unless it can come back by its key)."""
-    waiting = asyncio.gather(*map(_answer, jobs, observed))
-    try:
-        while not (await asyncio.wait([waiting], timeout=0.5))[0]:
-            if await request.is_disconnected():
-                raise JobCancelled("The client left.")
-        return await waiting
-    except BaseException:
-        waiting.cancel()
-        await asyncio.gather(waiting, return_exceptions=True)
-        raise
+    async with contextlib.AsyncExitStack() as stack:
+        streams = [stack.push_async_exit(job.stream()) for job in jobs]
+        waiting = asyncio.gather(*map(_answer, streams, observed))
+        try:
+            while not (await asyncio.wait([waiting], timeout=0.5))[0]:
+                if await request.is_disconnected():
+                    raise JobCancelled("The client left.")
+            return await waiting
+        except BaseException:
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+            raise
 
 
 async def whole(request: Request, jobs: list[AsyncJob]) -> tuple[list[ChatResult], int]:
@@ -174,16 +181,15 @@ async def whole(request: Request, jobs: list[AsyncJob]) -> tuple[list[ChatResult
     return [answer.result for answer in done], done[0].created
 
 
-async def _answer(job: AsyncJob, observed: Observed) -> Answer:
-    assembly, reasoning, created = Assembly(job.id), ReasoningCount(), 0
+async def _answer(stream: AsyncStream, observed: Observed) -> Answer:
+    assembly, reasoning, created = Assembly(stream.job_id), ReasoningCount(), 0
     try:
-        async with job.stream() as stream:
-            while batch := await stream.next_batch():
-                observed.batch(batch)
-                for _, event in batch:
-                    assembly.add(event)
-                    reasoning.add(event)
-                    created = created_s(event) or created
+        while batch := await stream.next_batch():
+            observed.batch(batch)
+            for _, event in batch:
+                assembly.add(event)
+                reasoning.add(event)
+                created = created_s(event) or created
     finally:
         observed.close()
     assert assembly.terminal is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 
 from tokenfleet.producer.aio import AsyncClient
-from tokenfleet.producer.aio_job import AsyncJob, raise_for
+from tokenfleet.producer.aio_job import AsyncJob, AsyncStream, raise_for
 from tokenfleet.producer.gateway import documents
 from tokenfleet.producer.gateway.bodies import read_body
 from tokenfleet.producer.gateway.chat import submit
@@ -43,6 +44,7 @@ async def create(request: Request) -> Response:
     earlier = await _conversation(request, body.get("previous_response_id"))
     key = request.headers.get("idempotency-key")
     leaves = key is None and not asked.background
+    after = last_event_id(request) if body.get("stream") else 0
     messages = await take_media(request, messages)
     chat, options = from_response_body(body, earlier, messages, settings, tenant, cancel_on_disconnect=leaves)
     shown = asked.dump()
@@ -51,7 +53,7 @@ async def create(request: Request) -> Response:
     fold = ResponseFold(response_id(job.id), job.id, asked)
     observed = request.app.state.metrics.job(model.partition(":")[0])
     if body.get("stream"):
-        frames = Frames(fold, last_event_id(request))
+        frames = Frames(fold, after)
         source = Source(job, frames.frame, observed)
         return await event_stream(request, [source], tail=b"", is_held=not asked.background, on_error=frames.on_error)
     if asked.background:
@@ -208,25 +210,25 @@ async def _read(client: AsyncClient, fold: ResponseFold) -> None:
 async def _finished(request: Request, job: AsyncJob, fold: ResponseFold, observed: Observed) -> None:
     """Follow it to its end. Raises why it failed; a client that leaves cancels it within 2 s."""
 
-    async def follow() -> None:
-        async with job.stream() as stream:
-            while batch := await stream.next_batch():
-                observed.batch(batch)
-                for _, event in batch:
-                    fold.feed(event)
-                    if isinstance(event, Failed | Expired):
-                        raise_for(event)
+    async def follow(stream: AsyncStream) -> None:
+        while batch := await stream.next_batch():
+            observed.batch(batch)
+            for _, event in batch:
+                fold.feed(event)
+                if isinstance(event, Failed | Expired):
+                    raise_for(event)
 
-    following = asyncio.ensure_future(follow())
-    try:
-        while not (await asyncio.wait([following], timeout=0.5))[0]:
-            if await request.is_disconnected():
-                raise JobCancelled("The client left.")
-        following.result()
-    finally:
-        following.cancel()
-        await asyncio.gather(following, return_exceptions=True)
-        observed.close()
+    async with contextlib.AsyncExitStack() as stack:
+        following = asyncio.ensure_future(follow(stack.push_async_exit(job.stream())))
+        try:
+            while not (await asyncio.wait([following], timeout=0.5))[0]:
+                if await request.is_disconnected():
+                    raise JobCancelled("The client left.")
+            following.result()
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
+            observed.close()
 
 
 def _json(value: Shown | dict[str, Any]) -> Response:

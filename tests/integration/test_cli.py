@@ -194,17 +194,17 @@ def test_a_failed_turn_ends_a_piped_chat_with_its_error(shell: Shell) -> None:
 def test_ctrl_c_stops_the_answer_and_not_the_program(shell: Shell, served: Fleet) -> None:
     client = served.client()
     with terminal(*TOKENFLEET, "chat", "--max_new_tokens", "30000", env=shell.env) as screen:
-        screen.expect("User: ")
+        screen.expect("User:")
         screen.type("tell me everything\r")
         screen.expect(r"Assistant: [\s\S]{20}")
         wait_until(lambda: client.overview().models[0].running == 1, 10, "the worker to say that it runs one")
         screen.type(CTRL_C)
         screen.expect(r"\(stopped\)")
         wait_until(lambda: client.overview().models[0].running == 0, 10, "the engine's slot to be free")
-        screen.expect("User: ")
+        screen.expect("User:")
         screen.type('[[say: "still here"]]\r')
         screen.expect("Assistant: still here")
-        screen.expect("User: ")
+        screen.expect("User:")
         screen.type("half a lin" + CTRL_C)
         screen.expect("Ctrl-D quits")
         screen.type("clear\r")
@@ -216,13 +216,13 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(shell: Shell, served: Fleet
 
 def test_a_chat_at_the_terminal_survives_errors_and_shows_no_control_characters(shell: Shell) -> None:
     with terminal(*TOKENFLEET, "chat", "--max_new_tokens", "40", env=shell.env) as screen:
-        screen.expect("User: ")
+        screen.expect("User:")
         screen.type("[[fault: raise at 2]]\r")
         screen.expect(r"error \[engine_error\]: ")
-        screen.expect("User: ")
+        screen.expect("User:")
         screen.type('[[say: "a\\u001b]0;title\\u0007b"]]\r')
         screen.expect("Assistant: a\ufffd\\]0;title\ufffdb")
-        screen.expect("User: ")
+        screen.expect("User:")
         screen.type(CTRL_D)
         assert screen.wait() == 0
     piped = shell("chat", stdin='[[say: "a\\u001b[1mb"]]\n')
@@ -235,7 +235,7 @@ def test_a_chat_without_a_worker_says_that_it_waits(redis_server: RedisServer, f
     worker.wait()
     shell = Shell(TOKENFLEET_REDIS_URL=redis_server.url, TOKENFLEET_FLEET=redis_server.fleet)
     with terminal(*TOKENFLEET, "chat", env=shell.env) as screen:
-        screen.expect("User: ")
+        screen.expect("User:")
         screen.type('[[say: "at last"]]\r')
         screen.expect("no worker serves scripted now")
         fleet.start_worker()

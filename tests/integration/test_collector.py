@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from tests.servers import RedisServer
 from tokenfleet import AsyncClient
 from tokenfleet.producer.collector import Collector
 from tokenfleet.wire import urls
+from tokenfleet.wire.errors import UnknownJob
 from tokenfleet.wire.events import Started, encode
 from tokenfleet.wire.jobs import JobOptions, ServedModel
 from tokenfleet.wire.keys import Keys, new_id
@@ -21,26 +23,34 @@ from tokenfleet.wire.ledger import Batch, Claim, Ledger, Polled
 
 
 @pytest.mark.timeout(120)
-async def test_a_reader_that_is_cancelled_at_any_moment_stops(served: Fleet) -> None:
-    """Also at the very moment when its subscription is confirmed: a reader that goes on would hold its task group."""
+async def test_who_is_cancelled_at_any_moment_stops_and_leaves_no_job(served: Fleet) -> None:
+    """Also at the very moment when its subscription is confirmed: a reader that goes on would hold its task group.
+    Also while its job is queued, and before its stream has begun: nobody else would end that job."""
     async with AsyncClient(served.redis.url, fleet=served.redis.fleet, model=MODEL) as client:
         warm = await client.submit("count", max_new_tokens=2)
         await warm.result(20)
 
-        async def read() -> None:
-            job = await client.submit("count", max_new_tokens=2_000, cancel_on_disconnect=True)
+        async def read(job_id: str) -> None:
+            job = await client.submit("count", job_id=job_id, max_new_tokens=30_000, cancel_on_disconnect=True)
             async with job.stream() as stream:
                 async for _ in stream:
                     pass
 
+        ends: Counter[str] = Counter()
         for turns in range(150):
-            task = asyncio.create_task(read())
+            task = asyncio.create_task(read(job_id := new_id()))
             for _ in range(turns):  # so many turns of the loop after its start
                 await asyncio.sleep(0)
             task.cancel()
             done, _ = await asyncio.wait([task], timeout=30)
             assert done, f"a reader cancelled after {turns} turns goes on"
             assert task.cancelled()
+            try:
+                ends[(await client.job(job_id).status()).state] += 1
+            except UnknownJob:
+                ends["never queued"] += 1
+        assert ends["cancelled"] > 100, ends
+        assert ends.keys() <= {"never queued", "cancelled"}, ends
 
 
 async def test_many_readers_that_begin_at_once_share_one_subscription(served: Fleet) -> None:

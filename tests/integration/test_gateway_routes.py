@@ -23,6 +23,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from tests.fleets import MODEL, Fleet, Worker, wait_until
 from tests.gateways import Gateway, start_gateway
 from tests.processes import Standstill, on_this_machine
+from tokenfleet.wire.keys import Keys
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Say something."}]
 TOOLS: list[Any] = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
@@ -247,6 +248,29 @@ def test_who_leaves_is_cancelled_in_two_seconds(
     wait_until(lambda: aborts(served) == before + 1, 20)
     # 2 s, and what the test itself takes.
     assert time.monotonic() - left - stalls.end() < on_this_machine(2.5)
+
+
+def test_who_is_refused_leaves_no_job_behind(gateway: Gateway, served: Fleet) -> None:
+    """One of several prompts is too large to be queued; a stream is to go on after an event that there can't be."""
+    before = states(served).keys()
+    body = {"model": MODEL, "max_tokens": 30_000, "prompt": ["Go on.", "Go on.", "x" * (5 << 20)]}
+    status, answer = call(gateway, "/v1/completions", body)
+    assert (status, answer["error"]["code"]) == (400, "request_too_large")
+    after = states(served)
+    assert [state for job, state in after.items() if job not in before] == ["cancelled"] * 2
+    for path, asked in (("chat/completions", {"messages": MESSAGES}), ("completions", {"prompt": "Go."}),
+                        ("responses", {"input": "Go."})):  # fmt: skip
+        body = {"model": MODEL, "stream": True, **asked}
+        status, answer = call(gateway, f"/v1/{path}", body, **{"Last-Event-ID": "the last one"})
+        assert (status, json.loads(answer)["error"]["param"]) == (400, "Last-Event-ID")
+    assert states(served).keys() <= after.keys()
+
+
+def states(served: Fleet) -> dict[bytes, str]:
+    """Of each job's key."""
+    with served.redis.client() as redis:
+        keys = list(redis.scan_iter(match=Keys(served.redis.fleet).job("*"), count=1000))
+        return {key: (redis.hget(key, "state") or b"").decode() for key in keys}
 
 
 def prefills(worker: Worker) -> int:

@@ -22,6 +22,7 @@ from tokenfleet.cli.arguments import (
 from tokenfleet.cli.connection import MODEL
 from tokenfleet.cli.media import media_options, media_parts, media_settings
 from tokenfleet.cli.output import note, print_error, write
+from tokenfleet.cli.typed import TypedLines
 from tokenfleet.wire.errors import TokenfleetError
 
 if TYPE_CHECKING:
@@ -99,22 +100,20 @@ class Chat:
         self._request = request
         self._media = media
         self._messages: list[dict[str, Any]] = []
-        self._is_interactive = sys.stdin.isatty()
+        self._lines = TypedLines("\nUser: ")
 
     def close(self) -> None:
         self._runner.run(self._client.aclose())
 
     def run(self) -> int:
-        if self._is_interactive:
-            with contextlib.suppress(ImportError):
-                import readline  # noqa: F401  (gives input() its line editing and history)
+        if self._lines.is_interactive:
             which = f" with {self._model}" if self._model else ""
             note(f"Chat{which}. `clear` drops the history, `exit` quits, Ctrl-C stops an answer.")
         while True:
             try:
-                line = self._read_line()
+                line = self._lines.next()
             except KeyboardInterrupt:
-                note("\n(`exit` or Ctrl-D quits)")
+                note("(`exit` or Ctrl-D quits)")
                 continue
             match None if line is None else line.strip():
                 case None | "exit":
@@ -127,29 +126,13 @@ class Chat:
                 case text:
                     self._turn(text)
 
-    def _read_line(self) -> str | None:
-        """One line of the user's; None at the end."""
-        if not self._is_interactive:
-            line = sys.stdin.readline()
-            return line or None
-        prompt = "\nUser: "
-        if not sys.stdout.isatty():  # the prompt is no result
-            sys.stderr.write(prompt)
-            sys.stderr.flush()
-            prompt = ""
-        try:
-            return input(prompt)
-        except EOFError:
-            note("")
-            return None
-
     def _turn(self, text: str) -> None:
         """Ask, print the answer, remember both. In a pipe an error or Ctrl-C ends the program."""
         # Media belong to the first message, also to that after `clear` or a failure.
         has_media = bool(self._media) and not self._messages
         content: Any = [*self._media, {"type": "text", "text": text}] if has_media else text
         self._messages.append({"role": "user", "content": content})
-        if self._is_interactive:
+        if self._lines.is_interactive:
             sys.stderr.write("Assistant: ")
             sys.stderr.flush()
         pieces: list[str] = []
@@ -159,7 +142,7 @@ class Chat:
             self._messages.pop()
             if pieces and not pieces[-1].endswith("\n"):
                 write("\n")
-            if not self._is_interactive:
+            if not self._lines.is_interactive:
                 raise
             print_error(error.code, error.message, error.hint)
             return
@@ -170,26 +153,20 @@ class Chat:
         else:
             self._messages.pop()
         if was_stopped:
-            if not self._is_interactive:
+            if not self._lines.is_interactive:
                 raise KeyboardInterrupt
             note("(stopped)")
 
     async def _answer(self, pieces: list[str]) -> bool:
         """Print the answer as it comes and collect it; whether it was stopped."""
-        from tokenfleet.wire.keys import new_id
-
-        job_id = new_id()  # chosen here: even a submit that is cut short can be cancelled
         try:
-            named = {**self._request, "job_id": job_id, "cancel_on_disconnect": True}
-            job = await self._client.submit(self._messages, **named)
+            job = await self._client.submit(self._messages, **self._request, cancel_on_disconnect=True)
             async with job.stream() as stream, _telling(job) as first, contextlib.aclosing(stream.text()) as texts:
                 async for piece in texts:
                     first.set()
                     pieces.append(piece)
                     write(piece)
         except asyncio.CancelledError:
-            with contextlib.suppress(TokenfleetError):
-                await self._client.job(job_id).cancel("stopped at the terminal")
             return True
         return False
 

@@ -15,8 +15,7 @@ from tokenfleet.cli.connection import FLEET, MODEL, REDIS_URL, connected
 from tokenfleet.cli.output import for_stream, note, seconds, table, write
 
 if TYPE_CHECKING:
-    from tokenfleet.producer.aio import AsyncClient
-    from tokenfleet.producer.aio_job import AsyncJob
+    from tokenfleet.producer.aio_job import AsyncJob, AsyncStream
     from tokenfleet.wire.jobs import JobStatus
     from tokenfleet.wire.results import ChatResult
 
@@ -88,25 +87,25 @@ async def _show(url: str, fleet: str, model: str | None, tokens: int) -> None:
         sent_s = time.monotonic() - begin
         note(f"{len(jobs)} jobs queued in {seconds(sent_s)}; their tokens as they come:\n")
         all_shown = [Shown(i, prompt, job) for i, (prompt, job) in enumerate(zip(PROMPTS, jobs, strict=True), 1)]
-        with contextlib.ExitStack() as stack:
+        async with contextlib.AsyncExitStack() as stack:
+            streams = [stack.push_async_exit(job.stream()) for job in jobs]  # whatever ends this, ends the jobs
             display: _Display = stack.enter_context(_Live(all_shown)) if sys.stdout.isatty() else _Lines()
             async with asyncio.TaskGroup() as group:
-                for shown in all_shown:
-                    group.create_task(_follow(client, shown, display))
+                for shown, stream in zip(all_shown, streams, strict=True):
+                    group.create_task(_follow(stream, shown, display))
         _print_answers(all_shown, time.monotonic() - begin)
 
 
-async def _follow(client: AsyncClient, shown: Shown, display: _Display) -> None:
+async def _follow(stream: AsyncStream, shown: Shown, display: _Display) -> None:
     from tokenfleet.producer.aio_job import piece_of
     from tokenfleet.producer.assembly import Assembly
 
     assembly = Assembly(shown.job.id)
-    async with shown.job.stream() as stream:
-        async for event in stream:
-            assembly.add(event)
-            if piece := piece_of(event):
-                shown.text += piece
-                display.add(shown, piece)
+    async for event in stream:
+        assembly.add(event)
+        if piece := piece_of(event):
+            shown.text += piece
+            display.add(shown, piece)
     display.end(shown)
     shown.result = assembly.result()
     shown.status = await shown.job.status()
