@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,20 @@ _LIMIT_S = 560
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.is_relative_to(Path(__file__).parent):
-            item.add_marker(pytest.mark.timeout(_LIMIT_S), append=False)
+        if not item.path.is_relative_to(Path(__file__).parent):
+            continue
+        item.add_marker(pytest.mark.timeout(_LIMIT_S), append=False)
+        # Of several modules that one here takes its tests from, the last's marks are all that is left: without its
+        # own, a test waits in a loop of its own for an engine whose loop stands still.
+        home = sys.modules[item.function.__module__]
+        if _marks(home) != _marks(item.module):
+            raise pytest.UsageError(f"{item.nodeid} has not the marks of {home.__name__}: give it a module of its own.")
+
+
+def _marks(module):
+    """But for the time, which is given here."""
+    marks = getattr(module, "pytestmark", [])
+    return [mark for mark in (marks if isinstance(marks, list) else [marks]) if mark.name != "timeout"]
 
 
 @pytest.fixture(scope="session", autouse=True)

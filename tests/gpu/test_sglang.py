@@ -3,4 +3,3 @@
 from __future__ import annotations
 
 from tests.contract.test_sglang import *  # noqa: F403
-from tests.contract.test_sglang_draw import *  # noqa: F403
