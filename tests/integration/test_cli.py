@@ -15,6 +15,7 @@ from tests.integration.terminal import CTRL_C, CTRL_D, terminal
 from tests.servers import RedisServer
 from tests.shells import TOKENFLEET, Shell
 from tokenfleet.cli import main
+from tokenfleet.wire.keys import Keys
 
 # ---- jobs ------------------------------------------------------------------------------------------------------------
 
@@ -273,6 +274,20 @@ def test_interrupting_the_demo_cancels_its_jobs(shell: Shell, served: Fleet) -> 
         assert screen.wait() == 130
         assert "Traceback" not in screen.shown
     wait_until(lambda: client.overview().models[0].running == 0, 10, "the jobs to be cancelled")
+
+
+def test_a_job_of_the_demo_that_fails_ends_it_with_its_error(shell: Shell, served: Fleet) -> None:
+    client = served.client()
+    with terminal(*TOKENFLEET, "demo", "--tokens", "30000", env=shell.env) as screen:
+        screen.expect("jobs queued in")
+        wait_until(lambda: client.overview().models[0].running == 4, 10, "all four to run")
+        with served.redis.client() as redis:
+            jobs = redis.scan_iter(match=Keys(served.redis.fleet).job("*"), count=1000)
+            [one, *_] = [job.decode() for job in jobs if redis.hget(job, "state") == b"running"]
+        client.job(one.rpartition(":")[2]).cancel("for no reason")
+        screen.expect(r"error \[cancelled\]: .*for no reason")
+        assert screen.wait() == 1
+    wait_until(lambda: client.overview().models[0].running == 0, 10, "the others to be cancelled")
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import click
 
 from tokenfleet.cli.connection import FLEET, MODEL, REDIS_URL, connected
 from tokenfleet.cli.output import for_stream, note, seconds, table, write
+from tokenfleet.wire.errors import TokenfleetError
 
 if TYPE_CHECKING:
     from tokenfleet.producer.aio_job import AsyncJob, AsyncStream
@@ -90,9 +91,12 @@ async def _show(url: str, fleet: str, model: str | None, tokens: int) -> None:
         async with contextlib.AsyncExitStack() as stack:
             streams = [stack.push_async_exit(job.stream()) for job in jobs]  # whatever ends this, ends the jobs
             display: _Display = stack.enter_context(_Live(all_shown)) if sys.stdout.isatty() else _Lines()
-            async with asyncio.TaskGroup() as group:
-                for shown, stream in zip(all_shown, streams, strict=True):
-                    group.create_task(_follow(stream, shown, display))
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for shown, stream in zip(all_shown, streams, strict=True):
+                        group.create_task(_follow(stream, shown, display))
+            except* TokenfleetError as errors:
+                raise errors.exceptions[0] from None
         _print_answers(all_shown, time.monotonic() - begin)
 
 
