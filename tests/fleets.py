@@ -11,8 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,22 +19,12 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.processes import on_this_machine
+from tests.processes import wait_until
 from tests.servers import RedisServer
 from tokenfleet import Client
 
 ROOT = Path(__file__).parent.parent
 MODEL = "scripted"
-
-
-def wait_until(condition: Callable[[], Any], timeout_s: float = 20.0, what: str = "") -> Any:
-    """Poll until ``condition()`` is true; its value. Fails the test after ``timeout_s`` (`on_this_machine`)."""
-    started = time.monotonic()
-    while not (value := condition()):
-        if time.monotonic() - started > on_this_machine(timeout_s):
-            pytest.fail(f"not within {timeout_s:g} s: {what or condition}")
-        time.sleep(0.01)
-    return value
 
 
 @dataclass

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def is_alive(pid: int) -> bool:
@@ -52,20 +53,37 @@ class Standstill:
             self._lost_s += max(0.0, time.monotonic() - at - 0.03)
             at = time.monotonic()
 
+    @property
+    def lost_s(self) -> float:
+        """So far; turns that came within 20 ms are not counted."""
+        return self._lost_s
+
     def end(self) -> float:
-        """Seconds; turns that came within 20 ms are not counted."""
+        """Seconds in all."""
         self._is_over.set()
         self._thread.join()
         return self._lost_s
 
 
+def wait_until(condition: Callable[[], Any], timeout_s: float = 20.0, what: str = "") -> Any:
+    """Poll until ``condition()`` is true; its value. Fails after ``timeout_s``: of `on_this_machine`, and of time in
+    which it did not stand still."""
+    if value := condition():
+        return value
+    started, stalls = time.monotonic(), Standstill()
+    try:
+        while not (value := condition()):
+            waited_s = time.monotonic() - started - stalls.lost_s
+            assert waited_s < on_this_machine(timeout_s), f"not within {timeout_s:g} s: {what or condition}"
+            time.sleep(0.01)
+        return value
+    finally:
+        stalls.end()
+
+
 def eventually(condition: Callable[[], object], within_s: float = 20.0, what: str = "") -> None:
-    """Poll until ``condition()`` is true; fails after ``within_s`` (`on_this_machine`)."""
-    started = time.monotonic()
-    while not condition():
-        waited_s = time.monotonic() - started
-        assert waited_s < on_this_machine(within_s), f"not within {within_s:g} s: {what or condition}"
-        time.sleep(0.01)
+    """`wait_until`."""
+    wait_until(condition, within_s, what)
 
 
 def throughout(condition: Callable[[], object], for_s: float) -> None:
