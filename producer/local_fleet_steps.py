@@ -291,10 +291,10 @@ def leave_steps(folder: FleetFolder, ties: Ties) -> Steps[None]:
     if not folder.is_private:
         return
     # Its supervisor has seen the lifeline's end and removes everything; or was killed, and has left that to us.
-    deadline = time.monotonic() + _KILL_S
-    while folder.path.exists() and time.monotonic() < deadline:
+    deadline = removal = time.monotonic() + _KILL_S
+    while folder.path.exists() and time.monotonic() < removal:
         if not folder.is_supervised() and not is_locked(folder.processes_lock):
-            deadline = min(deadline, time.monotonic() + _REMOVAL_S)
+            removal = min(removal, time.monotonic() + _REMOVAL_S)
         yield 0.01
     _remove(folder)
     while supervisor is not None and supervisor.is_alive() and time.monotonic() < deadline:

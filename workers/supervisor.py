@@ -46,6 +46,7 @@ _BUSY_TICK_S, _QUIET_TICK_S = 0.05, 0.5
 _HOUSEKEEPING_S = 1.0
 _LEFTOVERS_S = 2.0  # how long the last fleet's guards get before we kill what they left ...
 _LEFTOVERS_END_S = 20.0  # ... and how long the kernel may take to end it: GPU memory is given back slowly
+_LOCK_S = 30.0
 _REDIS_ATTEMPTS = 5
 _FAILED_LINGER_S = 2.0  # a failed fleet with no client left has nobody to tell
 
@@ -305,10 +306,16 @@ def _kill_holders(lock: Path) -> None:
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         with contextlib.suppress(OSError):
-            held = [file.stat() for file in (entry / "fd").iterdir() if file.readlink().name == lock.name]
+            files = [file for file in (entry / "fd").iterdir() if file.readlink().name == lock.name]
+            held = [file.stat() for file in files if not _is_probe(entry / "fdinfo" / file.name)]
             if any((file.st_dev, file.st_ino) == (wanted.st_dev, wanted.st_ino) for file in held):
                 log.warning("killing process %s, left behind by an older fleet", entry.name)
                 os.kill(int(entry.name), signal.SIGKILL)
+
+
+def _is_probe(fdinfo: Path) -> bool:
+    """A client that only looks whether the lock is free shares it for an instant; it may stand still just then."""
+    return any(line.startswith("lock:") and " READ " in line for line in fdinfo.read_text().splitlines())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -351,12 +358,12 @@ def _detach() -> int:
 
 
 def _supervisor_lock(folder: FleetFolder) -> int | None:
-    """Held until we end. Tried for a while: clients that look whether we live hold it for an instant."""
-    for _ in range(100):
-        if (lock := try_lock(folder.supervisor_lock)) is not None:
-            return lock
+    """Held until we end. Tried for long: clients that look whether we live hold it for an instant, and one of them may
+    stand still just then. Who starts us made sure that there is no other supervisor, and gives up by itself."""
+    began = time.monotonic()
+    while (lock := try_lock(folder.supervisor_lock)) is None and time.monotonic() < began + _LOCK_S:
         time.sleep(0.01)
-    return None
+    return lock
 
 
 if __name__ == "__main__":

@@ -89,6 +89,31 @@ def test_users_who_come_while_it_stops_for_want_of_users_get_a_new_one(place: Pa
     assert visits == 5
 
 
+FROZEN = """
+    import os, sys, time
+    from pathlib import Path
+    from tokenfleet.wire.private_files import try_lock
+    supervisor, processes = (try_lock(Path(name), shared=True) for name in sys.argv[1:])
+    print(supervisor, processes, flush=True)
+    time.sleep(1.5)
+    os.close(supervisor)
+    time.sleep(2.5)
+"""
+
+
+def test_a_client_that_stands_still_while_it_looks_for_a_fleet_stops_no_start_and_lives(place: Path) -> None:
+    with ensure("one", NO_WORKERS):
+        local_fleet.down("one")
+    folder = folder_of("one")
+    frozen = start_user(FROZEN, str(folder.supervisor_lock), str(folder.processes_lock))
+    assert frozen.stdout is not None
+    assert "None" not in frozen.stdout.readline()
+    with ensure("one", NO_WORKERS) as fleet:
+        assert state_of(fleet).state == "ready"
+    frozen.communicate()
+    assert frozen.returncode == 0
+
+
 def test_running_jobs_are_users_too(place: Path) -> None:
     with ensure("one", config("busy", place, idle_stop_s=0.3)) as fleet:
         fleet.wait_ready(60)
