@@ -215,6 +215,34 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(shell: Shell, served: Fleet
         assert "Traceback" not in screen.shown
 
 
+SLOW_TO_LEAVE = """
+import asyncio, sys, time
+run = asyncio.Runner.run
+def slow(*args, **named):
+    answer = run(*args, **named)
+    print("(over)", file=sys.stderr, flush=True)
+    time.sleep(0.3)
+    return answer
+asyncio.Runner.run = slow
+"""
+
+
+def test_ctrl_c_just_behind_an_answer_does_not_end_the_chat(shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SLOW_TO_LEAVE)
+    env = {**shell.env, "PYTHONPATH": f"{tmp_path}:{shell.env['PYTHONPATH']}"}
+    with terminal(*TOKENFLEET, "chat", env=env) as screen:
+        screen.expect("User:")
+        screen.type('[[say: "one"]]\r')
+        screen.expect(r"Assistant: one[\s\S]*\(over\)")
+        screen.type(CTRL_C)
+        screen.expect("User:")
+        screen.type('[[say: "two"]]\r')
+        screen.expect("Assistant: two")
+        screen.expect("User:")
+        screen.type("exit\r")
+        assert screen.wait() == 0
+
+
 def test_a_chat_at_the_terminal_survives_errors_and_shows_no_control_characters(shell: Shell) -> None:
     with terminal(*TOKENFLEET, "chat", "--max_new_tokens", "40", env=shell.env) as screen:
         screen.expect("User:")

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -112,63 +113,77 @@ class Chat:
         while True:
             try:
                 line = self._lines.next()
-            except KeyboardInterrupt:
+                match None if line is None else line.strip():
+                    case None | "exit":
+                        return 0
+                    case "clear":
+                        self._messages.clear()
+                        note("The history is cleared.")
+                    case "":
+                        continue
+                    case text:
+                        self._turn(text)
+            except KeyboardInterrupt:  # also one that comes just before an answer, or just behind it
+                if not self._lines.is_interactive:
+                    raise
                 note("(`exit` or Ctrl-D quits)")
-                continue
-            match None if line is None else line.strip():
-                case None | "exit":
-                    return 0
-                case "clear":
-                    self._messages.clear()
-                    note("The history is cleared.")
-                case "":
-                    continue
-                case text:
-                    self._turn(text)
 
-    def _turn(self, text: str) -> None:
+    def _turn(self, line: str) -> None:
         """Ask, print the answer, remember both. In a pipe an error or Ctrl-C ends the program."""
         # Media belong to the first message, also to that after `clear` or a failure.
         has_media = bool(self._media) and not self._messages
-        content: Any = [*self._media, {"type": "text", "text": text}] if has_media else text
-        self._messages.append({"role": "user", "content": content})
+        content: Any = [*self._media, {"type": "text", "text": line}] if has_media else line
+        question = {"role": "user", "content": content}
         if self._lines.is_interactive:
             sys.stderr.write("Assistant: ")
             sys.stderr.flush()
-        pieces: list[str] = []
+        answer = _Answer()
         try:
-            was_stopped = self._runner.run(self._answer(pieces))
+            self._runner.run(self._answer([*self._messages, question], answer))
+        except KeyboardInterrupt:
+            if not answer.is_over:
+                raise click.Abort from None  # pressed again while it was being stopped
+            answer.was_stopped = True
         except TokenfleetError as error:
-            self._messages.pop()
-            if pieces and not pieces[-1].endswith("\n"):
+            if answer.text and not answer.text.endswith("\n"):
                 write("\n")
             if not self._lines.is_interactive:
                 raise
             print_error(error.code, error.message, error.hint)
             return
-        if not pieces or not pieces[-1].endswith("\n"):
+        if not (text := answer.text).endswith("\n"):
             write("\n")
-        if pieces:
-            self._messages.append({"role": "assistant", "content": "".join(pieces)})
-        else:
-            self._messages.pop()
-        if was_stopped:
+        if text:
+            self._messages += [question, {"role": "assistant", "content": text}]
+        if answer.was_stopped:
             if not self._lines.is_interactive:
                 raise KeyboardInterrupt
             note("(stopped)")
 
-    async def _answer(self, pieces: list[str]) -> bool:
-        """Print the answer as it comes and collect it; whether it was stopped."""
+    async def _answer(self, messages: list[dict[str, Any]], answer: _Answer) -> None:
+        """Print the answer as it comes and collect it."""
         try:
-            job = await self._client.submit(self._messages, **self._request, cancel_on_disconnect=True)
+            job = await self._client.submit(messages, **self._request, cancel_on_disconnect=True)
             async with job.stream() as stream, _telling(job) as first, contextlib.aclosing(stream.text()) as texts:
                 async for piece in texts:
                     first.set()
-                    pieces.append(piece)
+                    answer.pieces.append(piece)
                     write(piece)
         except asyncio.CancelledError:
-            return True
-        return False
+            answer.was_stopped = True
+        answer.is_over = True
+
+
+@dataclass
+class _Answer:
+    pieces: list[str] = field(default_factory=list)
+    was_stopped: bool = False
+    is_over: bool = False
+    """Its job has ended, or was cancelled."""
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
 
 
 @contextlib.asynccontextmanager
