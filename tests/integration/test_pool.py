@@ -430,7 +430,7 @@ def test_a_shutdown_gives_back_what_waits_for_a_slot(start_pool_worker: StartWor
     until(lambda: worker.inspect("stats")["pool"]["waiting"] == 1)
     worker.signal(number)
     if number == signal.SIGTERM:
-        until(lambda: not worker.app.control.ping(timeout=1.0))  # the consumer is gone: the shutdown has begun
+        until(lambda: worker.redis.pubsub_numpat() == 0)  # it takes no more orders: the shutdown has begun
         worker.open()
     assert worker.exits() == (0 if number == signal.SIGTERM else 1)
     assert (worker.held(), worker.queued()) == (0, 1)

@@ -7,6 +7,12 @@ import asyncio
 from tokenfleet.workers.gate import Gate
 
 
+async def turns() -> None:
+    """More than any of these needs to come as far as it may."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
 async def test_one_that_is_alone_waits_for_the_others_and_keeps_later_ones_out() -> None:
     gate, order = Gate(), []
     leave, proven = asyncio.Event(), asyncio.Event()
@@ -24,17 +30,17 @@ async def test_one_that_is_alone_waits_for_the_others_and_keeps_later_ones_out()
             order.append("harmless")
             share()
             share()  # does nothing the second time
-            await asyncio.sleep(0.01)
+            await turns()
             order.append("over")
 
     tasks = []
     for work in (shared("early"), alone(), shared("late")):
         tasks.append(asyncio.create_task(work))
         await asyncio.sleep(0)
-    await asyncio.sleep(0.01)
+    await turns()
     assert order == ["early"]
     leave.set()
-    await asyncio.sleep(0.01)
+    await turns()
     assert order == ["early", "alone"]
     proven.set()
     await asyncio.gather(*tasks)

@@ -75,18 +75,22 @@ from rich.console import Console
 from tokenfleet.engines.models import _made_once
 cache, workers = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 (cache / f"here-{os.getpid()}").touch()
-deadline = time.monotonic() + 30
-while len(list(cache.glob("here-*"))) < workers and time.monotonic() < deadline:
-    time.sleep(0.01)
+deadline = time.monotonic() + 40
+
+class Telling(Console):
+    def print(self, *said, **how):
+        super().print(*said, **how)
+        (cache / f"told-{os.getpid()}").touch()
 
 def make(folder):
     with (cache / "made").open("a") as log:
         log.write("x")
     (folder / "half").touch()
-    time.sleep(0.3)
+    while len(list(cache.glob("told-*"))) < workers - 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
     (folder / "other half").touch()
 
-folder = _made_once(cache / "models" / "m", make, Console(stderr=True))
+folder = _made_once(cache / "models" / "m", make, Telling(stderr=True))
 assert sorted(path.name for path in folder.iterdir()) == ["half", "other half"]
 """
 
