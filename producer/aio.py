@@ -85,6 +85,9 @@ class AsyncClient:
         return self._background | (self._collecting.tasks if self._collecting is not None else set())
 
     async def aclose(self) -> None:
+        if self._collecting is not None:
+            self._collecting.fail_all()  # readers' last acts come before what closes the connections
+            await asyncio.sleep(0)
         await asyncio.gather(*self._background, return_exceptions=True)
         await self.media.aclose()
         if self._collecting is not None:
@@ -138,15 +141,17 @@ class AsyncClient:
         return await self._submit(request, options, model, job_id)
 
     async def chat(self, messages: Messages = (), **named: Any) -> ChatResult:
-        """`submit`, and wait for the whole answer."""
-        return await (await self.submit(messages, **named)).result()
+        """`submit`, and wait for the whole answer. Cancelled meanwhile, it leaves no job that has neither a ``job_id``
+        of the caller's, by which to come back, nor a ``webhook``."""
+        return await (await self.submit(messages, **_for_the_caller_alone(named))).result()
 
     async def scores(self, texts: Sequence[str], **named: Any) -> ChatResult:
-        """`submit_scores`, and wait for the scores."""
-        return await (await self.submit_scores(texts, **named)).result()
+        """`submit_scores`, and wait for the scores; see `chat`."""
+        return await (await self.submit_scores(texts, **_for_the_caller_alone(named))).result()
 
     async def submit_many(self, chats: Iterable[Messages | Mapping[str, Any]], **named: Any) -> list[AsyncJob]:
-        """Queue many chats; each is messages, or a mapping of `submit`'s arguments that overrides ``named``."""
+        """Queue many chats; each is messages, or a mapping of `submit`'s arguments that overrides ``named``. If one is
+        refused, those queued before it are cancelled, unless they have a ``job_id`` of the caller's."""
         calls = []
         # All are validated before the first is queued.
         for chat in chats:
@@ -169,7 +174,8 @@ class AsyncClient:
                         raise done
                     jobs.append(done)
         except BaseException:  # the caller gets none of them
-            await asyncio.gather(*(job._left() for job in queued), return_exceptions=True)
+            giving_up = [self._in_background(job._unclaimed()) for job in queued]
+            await asyncio.shield(asyncio.gather(*giving_up, return_exceptions=True))
             raise
         return jobs
 
@@ -255,7 +261,7 @@ class AsyncClient:
             await self.check()
         body = dump_request(request)
         check_size(body)
-        job_id = job_id or new_id()
+        is_named, job_id = job_id is not None, job_id or new_id()
         model = model or self._model or await self._only_model()
         await self._acceptance.check(request, model)
         entries = media_entries(options.tenant, request)
@@ -267,7 +273,8 @@ class AsyncClient:
                     job_id, model, body, options, max_queued=self._max_queued, shown=shown, media=entries,
                     tokens=estimated_tokens(request, body),
                 )  # fmt: skip
-                await (self._or_take_back(submitting, job_id) if options.cancel_on_disconnect else submitting)
+                is_lost_without_us = options.cancel_on_disconnect or not is_named
+                await (self._or_take_back(submitting, job_id) if is_lost_without_us else submitting)
                 break
             except UnknownModel:
                 raise unknown(model, await self.models()) from None
@@ -275,7 +282,7 @@ class AsyncClient:
                 # Gone between upload and submit: once more, if it is ours.
                 if is_last_try or not media or not media.keys() >= set(error.details["missing"]):
                     raise
-        return AsyncJob(self, job_id, cancel_on_disconnect=options.cancel_on_disconnect)
+        return AsyncJob(self, job_id, cancel_on_disconnect=options.cancel_on_disconnect, is_named=is_named)
 
     async def _or_take_back(self, submitting: Coroutine[Any, Any, Any], job_id: str) -> None:
         """Submit; whoever is cancelled meanwhile, and never gets the job, leaves none."""
@@ -306,6 +313,11 @@ class AsyncClient:
         if self._collecting is None:
             self._collecting = Collector(self.ledger)
         return self._collecting
+
+
+def _for_the_caller_alone(named: Mapping[str, Any]) -> dict[str, Any]:
+    is_for_others = named.get("job_id") is not None or bool(named.get("webhook"))
+    return {"cancel_on_disconnect": not is_for_others, **named}
 
 
 def estimated_tokens(request: ChatRequest | ScoreRequest, body: bytes) -> int:

@@ -47,14 +47,17 @@ class AsyncStream:
         return self._job.id
 
     async def __aenter__(self) -> Self:
-        if self._follower is None and not self._ended:
-            try:
-                collector = await self._job._client._collector()
-                self._follower = await self._context.enter_async_context(collector.follow(self._job.id, self._after))
-            except BaseException as error:
-                await self.__aexit__(type(error), error, None)
-                raise
+        try:
+            await self._begin()
+        except BaseException as error:
+            await self.__aexit__(type(error), error, None)
+            raise
         return self
+
+    async def _begin(self) -> None:
+        if self._follower is None and not self._ended:
+            collector = await self._job._client._collector()
+            self._follower = await self._context.enter_async_context(collector.follow(self._job.id, self._after))
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -88,7 +91,7 @@ class AsyncStream:
         if self._ended:
             return []
         if self._follower is None:
-            await self.__aenter__()
+            await self._begin()  # cancelled here, it can be asked again
         assert self._follower is not None
         batch = await self._follower.next_batch()
         if is_terminal(batch[-1][1]):
@@ -115,10 +118,14 @@ class AsyncStream:
 class AsyncJob:
     """A submitted job. Its ``id`` is all that another process needs: ``client.job(id)``."""
 
-    def __init__(self, client: AsyncClient, job_id: str, *, cancel_on_disconnect: bool = False) -> None:
+    def __init__(
+        self, client: AsyncClient, job_id: str, *, cancel_on_disconnect: bool = False, is_named: bool = True
+    ) -> None:
         self.id = job_id
         self._client = client
         self._cancel_on_disconnect = cancel_on_disconnect
+        self._is_named = is_named
+        """By its submitter, who could come back to it without having got it."""
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.id!r})"
@@ -163,6 +170,11 @@ class AsyncJob:
         if self._cancel_on_disconnect:
             # A task of its own: the reader may have been cancelled, and its scope may cancel at every await (anyio's).
             await asyncio.shield(self._client._in_background(self.cancel("the reader left")))
+
+    async def _unclaimed(self) -> None:
+        """Its submitter never got it: something else failed, or he was cancelled."""
+        if self._cancel_on_disconnect or not self._is_named:
+            await asyncio.shield(self._client._in_background(self.cancel("the submitter left")))
 
 
 def piece_of(event: AnyEvent, choice: int = 0) -> str:

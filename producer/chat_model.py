@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from tokenfleet.producer.aio_job import piece_of
+from tokenfleet.producer.aio_job import AsyncStream, piece_of
 from tokenfleet.producer.arguments import FleetArguments, split_arguments
 from tokenfleet.producer.local_fleet import LocalFleet, ensure
 from tokenfleet.producer.sync import Client
@@ -71,8 +71,10 @@ class ChatModel:
 
     def close(self) -> None:
         """Close the connection, and stop the private fleet."""
-        self._client.close()
-        self._stop()
+        try:
+            self._client.close()
+        finally:
+            self._stop()
 
     def chat(
         self,
@@ -84,9 +86,9 @@ class ChatModel:
         audios: _Media = None,
         **input_kwargs: Any,
     ) -> list[Response]:
-        """The whole answer, one `Response` a choice. ``messages`` is never changed."""
+        """The whole answer, one `Response` a choice. ``messages`` is never changed. Ctrl-C cancels the job."""
         request = self._named(system, tools, images, videos, audios, input_kwargs)
-        return _responses(self._client.submit(messages, **request).result())
+        return _responses(self._client.chat(messages, **request))
 
     async def achat(
         self,
@@ -130,20 +132,26 @@ class ChatModel:
         """`stream_chat`, for any event loop."""
         thread, aio = self._client.thread, self._client.aio
         request = self._named(system, tools, images, videos, audios, input_kwargs)
-        job = await thread.arun(aio.submit(messages, **request, cancel_on_disconnect=True))
-        stream = job.stream()
+        streams: list[AsyncStream] = []
+
+        async def begin() -> AsyncStream:
+            job = await aio.submit(messages, **request, cancel_on_disconnect=True)
+            streams.append(job.stream())
+            return streams[0]
+
         try:
+            stream = await thread.arun(begin())
             while batch := await thread.arun(stream.next_batch()):
                 for _, event in batch:
                     if piece := piece_of(event):
                         yield piece
         finally:
-            await thread.arun(stream.aclose())
+            for each in streams:  # also where we were cancelled just as it was made
+                await thread.finish(each.aclose())
 
     def get_scores(self, batch_input: Sequence[str], **input_kwargs: Any) -> list[float]:
         """One reward a text."""
-        scores = self._client.submit_scores(batch_input, **input_kwargs).result().scores
-        return list(scores or ())
+        return list(self._client.scores(batch_input, **input_kwargs).scores or ())
 
     async def aget_scores(self, batch_input: Sequence[str], **input_kwargs: Any) -> list[float]:
         """`get_scores`, for any event loop."""

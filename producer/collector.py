@@ -13,7 +13,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -192,14 +192,21 @@ class Collector:
         self._subscribing = asyncio.Lock()
         self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._changing: set[asyncio.Task[None]] = set()
 
     @property
     def tasks(self) -> set[asyncio.Task[None]]:
-        return self._leaving | set(self._tasks)
+        return self._changing | set(self._tasks)
+
+    def fail_all(self) -> None:
+        """Whoever still reads gets a `RuntimeError`: after `close` nobody would wake him."""
+        for followers in self._followers.values():
+            for follower in followers:
+                follower.fail(RuntimeError("This client is closed."))
 
     async def close(self) -> None:
-        await asyncio.gather(*self._leaving, return_exceptions=True)
+        self.fail_all()
+        await asyncio.gather(*self._changing, return_exceptions=True)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -209,24 +216,20 @@ class Collector:
     async def follow(self, job_id: str, after: int = 0) -> AsyncIterator[Follower]:
         """A follower that gets every event after the cursor ``after``. Leaving the block unsubscribes."""
         follower = Follower(self._ledger, job_id, after)
-        await self._subscribe(job_id, follower)
+        if not self._tasks:
+            self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._watch())]
+        if job_id not in self._followers:
+            self._followers[job_id] = set()
+            self._confirmed[job_id] = asyncio.get_running_loop().create_future()
+            self._change(self._subscribe(job_id))
+        self._followers[job_id].add(follower)
         try:
+            await self._begun(job_id)
             yield follower
         finally:
             self._leave(job_id, follower)
 
-    async def _subscribe(self, job_id: str, follower: Follower) -> None:
-        if not self._tasks:
-            self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._watch())]
-        first = job_id not in self._followers
-        self._followers.setdefault(job_id, set()).add(follower)
-        if first:
-            self._confirmed[job_id] = asyncio.get_running_loop().create_future()
-            # While Redis is away the listener subscribes to all that there is once it is back.
-            with contextlib.suppress(RedisError, OSError):
-                async with self._subscribing:
-                    await self._pubsub.subscribe(self._prefix + job_id)
-        self._changed.set()
+    async def _begun(self, job_id: str) -> None:
         try:
             # Reading the log before the subscription stands could miss an event; but don't wait for ever.
             # Not wait_for: before Python 3.12 it swallows a cancellation that comes as the future is done.
@@ -242,9 +245,21 @@ class Collector:
         if not followers:
             del self._followers[job_id]
             self._confirmed.pop(job_id).cancel()
-            task = asyncio.create_task(self._unsubscribe(job_id))
-            self._leaving.add(task)
-            task.add_done_callback(self._leaving.discard)
+            self._change(self._unsubscribe(job_id))
+
+    def _change(self, change: Coroutine[Any, Any, None]) -> None:
+        """In a task of its own: the reader for whom it is made may go, and others read the same job."""
+        task = asyncio.create_task(change)
+        self._changing.add(task)
+        task.add_done_callback(self._changing.discard)
+
+    async def _subscribe(self, job_id: str) -> None:
+        # While Redis is away the listener subscribes to all that there is once it is back.
+        with contextlib.suppress(RedisError, OSError):
+            async with self._subscribing:
+                if job_id in self._followers:  # else they have left already
+                    await self._pubsub.subscribe(self._prefix + job_id)
+        self._changed.set()
 
     async def _unsubscribe(self, job_id: str) -> None:
         async with self._subscribing:
@@ -254,6 +269,7 @@ class Collector:
 
     async def _listen(self) -> None:
         """Hand what the channels say to the followers, until cancelled; reconnects by itself."""
+        await self._changed.wait()  # the first subscription makes the connection
         while True:
             if not self._followers:
                 self._changed.clear()

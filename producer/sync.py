@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Coroutine, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -24,10 +24,13 @@ from tokenfleet.wire.results import ChatResult
 from tokenfleet.wire.toolcalls import ParsedDelta
 
 T = TypeVar("T")
+_UNDONE_S = 2.0
+"""What a cancelled call may take to undo what it has begun: a job that nobody would get, say."""
 
 
 class LoopThread:
-    """An event loop in a daemon thread; `run` waits for a coroutine on it, and cancels it on Ctrl-C."""
+    """An event loop in a daemon thread. `run` waits for a coroutine on it, and cancels it on Ctrl-C; it raises once the
+    coroutine has ended (or after `_UNDONE_S`): the process may end next, and this thread with it."""
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
@@ -36,22 +39,46 @@ class LoopThread:
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Raises `RuntimeError` if the loop is closed, before or meanwhile."""
+        future: concurrent.futures.Future[T] | None = None
         try:
             future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
-        except RuntimeError:
-            coroutine.close()
-            raise RuntimeError("This client is closed.") from None
-        try:
             return future.result()
         except concurrent.futures.CancelledError:
             raise RuntimeError("This client was closed by another thread.") from None
-        except BaseException:
-            future.cancel()
+        except BaseException as error:
+            if future is None and isinstance(error, RuntimeError):
+                coroutine.close()
+                raise RuntimeError("This client is closed.") from None
+            if future is None or not future.done():
+                self._undone(coroutine).result()
             raise
 
     async def arun(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """`run`, awaited from another event loop."""
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
+        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            await asyncio.shield(asyncio.wrap_future(self._undone(coroutine)))
+            raise
+
+    async def finish(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """`arun` for what must not be cut short: it goes on if whoever awaits it is cancelled."""
+        return await asyncio.shield(asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop)))
+
+    def _undone(self, coroutine: Coroutine[Any, Any, Any]) -> concurrent.futures.Future[None]:
+        """Cancel it, and have it end. By the coroutine, not by its future: Ctrl-C may come before we have that."""
+
+        async def cancel() -> None:
+            tasks = [task for task in asyncio.all_tasks() if task.get_coro() is coroutine]
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                await asyncio.wait(tasks, timeout=_UNDONE_S)
+            else:
+                coroutine.close()  # it never began, or has ended
+
+        return asyncio.run_coroutine_threadsafe(cancel(), self.loop)
 
     def close(self) -> None:
         if self._thread.is_alive():
@@ -80,7 +107,11 @@ class JobStream:
         self.cursor = stream.cursor
 
     def __enter__(self) -> Self:
-        self._thread.run(self._stream.__aenter__())
+        try:
+            self._thread.run(self._stream.__aenter__())
+        except BaseException:  # Ctrl-C as it was done: the block that would have left it is never entered
+            self.close()
+            raise
         return self
 
     def __exit__(
@@ -201,7 +232,7 @@ class Client:
 
     def submit(self, messages: Messages = (), *, job_id: str | None = None, **named: Any) -> Job:
         """Queue a chat and return at once; see `AsyncClient.submit`."""
-        return Job(self.thread, self.thread.run(self.aio.submit(messages, job_id=job_id, **named)))
+        return self._job(lambda: self.aio.submit(messages, job_id=job_id, **named))
 
     def submit_request(
         self,
@@ -214,8 +245,8 @@ class Client:
         media: Mapping[str, bytes] | None = None,
     ) -> Job:
         """`submit`, for a request that is built already; see `AsyncClient.submit_request`."""
-        made = self.aio.submit_request(request, options, model=model, job_id=job_id, shown=shown, media=media)
-        return Job(self.thread, self.thread.run(made))
+        more: dict[str, Any] = {"model": model, "job_id": job_id, "shown": shown, "media": media}
+        return self._job(lambda: self.aio.submit_request(request, options, **more))
 
     def upload(self, kind: Kind, source: Any, *, tenant: str = "") -> MediaPart:
         """Store one medium; the part names it in messages. See `AsyncClient.upload`."""
@@ -223,7 +254,7 @@ class Client:
 
     def submit_scores(self, texts: Sequence[str], *, job_id: str | None = None, **named: Any) -> Job:
         """Queue texts to be scored by a reward model."""
-        return Job(self.thread, self.thread.run(self.aio.submit_scores(texts, job_id=job_id, **named)))
+        return self._job(lambda: self.aio.submit_scores(texts, job_id=job_id, **named))
 
     def chat(self, messages: Messages = (), **named: Any) -> ChatResult:
         """`submit`, and wait for the whole answer."""
@@ -235,7 +266,7 @@ class Client:
 
     def submit_many(self, chats: Iterable[Messages | Mapping[str, Any]], **named: Any) -> list[Job]:
         """Queue many chats; see `AsyncClient.submit_many`."""
-        return [Job(self.thread, job) for job in self.thread.run(self.aio.submit_many(chats, **named))]
+        return self._jobs(lambda: self.aio.submit_many(chats, **named))
 
     def job(self, job_id: str, *, cancel_on_disconnect: bool = False) -> Job:
         """A job that was submitted elsewhere."""
@@ -265,10 +296,30 @@ class Client:
 
     def requeue(self, job_id: str) -> Job:
         """Queue a failed job's request again, as a new job with ``retry_of``. Raises what `submit` raises."""
-        return Job(self.thread, self.thread.run(self.aio.requeue(job_id)))
+        return self._job(lambda: self.aio.requeue(job_id))
 
     def check(self) -> None:
         self.thread.run(self.aio.check())
+
+    def _job(self, submit: Callable[[], Coroutine[Any, Any, AsyncJob]]) -> Job:
+        async def submitted() -> list[AsyncJob]:
+            return [await submit()]
+
+        return self._jobs(submitted)[0]
+
+    def _jobs(self, submit: Callable[[], Coroutine[Any, Any, list[AsyncJob]]]) -> list[Job]:
+        jobs: list[AsyncJob] = []
+
+        async def submitted() -> None:
+            jobs.extend(await submit())
+
+        try:
+            self.thread.run(submitted())
+        except BaseException:  # Ctrl-C just as it was done: the caller gets none of them
+            for job in jobs:
+                self.thread.run(job._unclaimed())
+            raise
+        return [Job(self.thread, job) for job in jobs]
 
 
 async def _made(redis_url: str, fleet: str, model: str | None, max_queued: int, media: MediaSettings) -> AsyncClient:

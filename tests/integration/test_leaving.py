@@ -1,0 +1,204 @@
+"""Whoever is interrupted, cancelled or closed between any two steps leaves nothing behind: no job, no subscription."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from typing import Any
+
+import pytest
+
+from tests.fleets import MODEL, Fleet, wait_until
+from tests.processes import on_this_machine
+from tokenfleet import AsyncClient, ChatModel
+from tokenfleet.wire.errors import InvalidRequest, Overloaded
+from tokenfleet.wire.events import Queued
+from tokenfleet.wire.keys import new_id
+
+LONG = {"max_new_tokens": 30_000}
+
+
+@pytest.fixture
+async def client(served: Fleet) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient(served.redis.url, fleet=served.redis.fleet, model=MODEL) as client:
+        await client.chat("count", max_new_tokens=2)  # warm
+        yield client
+
+
+@pytest.fixture(scope="module")
+def model(served: Fleet) -> Iterator[ChatModel]:
+    with ChatModel({"redis_url": served.redis.url, "fleet": served.redis.fleet, "model": MODEL}) as model:
+        model.chat("count", max_new_tokens=2)
+        yield model
+
+
+class Jobs:
+    """The jobs that come into being from now on."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._old = self._ids()
+
+    def _ids(self) -> set[str]:
+        prefix = f"tokenfleet:{self._fleet.redis.fleet}:job:"
+        with self._fleet.redis.client() as redis:
+            return {key.decode().removeprefix(prefix) for key in redis.keys(f"{prefix}*")}
+
+    def states(self) -> Counter[str]:
+        with self._fleet.redis.client() as redis:
+            name = f"tokenfleet:{self._fleet.redis.fleet}:job:"
+            return Counter(redis.hget(name + job_id, "state").decode() for job_id in self._ids() - self._old)
+
+    def all_end_cancelled(self, at_least: int) -> None:
+        wait_until(lambda: not self.states().keys() - {"cancelled"}, what=f"all cancelled, not {self.states()}")
+        assert self.states()["cancelled"] >= at_least, self.states()
+
+
+async def cancelled_after(turns: int, coroutine: Coroutine[Any, Any, Any]) -> None:
+    """Run it for so many turns of the loop."""
+    task = asyncio.create_task(coroutine)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+
+
+async def test_a_reader_cancelled_while_it_begins_stays_subscribed_to_nothing(client: AsyncClient) -> None:
+    collector = await client._collector()
+
+    async def follow() -> None:
+        async with collector.follow(new_id()):
+            await asyncio.Event().wait()
+
+    for turns in range(40):
+        await cancelled_after(turns, follow())
+        assert not collector._followers, f"cancelled after {turns} turns"
+    async with asyncio.timeout(on_this_machine(20)):
+        while collector._pubsub.channels:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_stream_whose_first_reading_was_cancelled_is_read_from_its_start(client: AsyncClient) -> None:
+    """As `asyncio.wait_for` does when its time is over: it must not look as if the job had ended without an event."""
+    job = await client.submit("count", max_new_tokens=2)
+    for turns in range(12):
+        stream = job.stream()
+        await cancelled_after(turns, anext(stream))
+        if stream.cursor == 0:
+            assert isinstance(await anext(stream), Queued), f"cancelled after {turns} turns"
+        await stream.aclose()
+
+
+async def test_whoever_reads_while_the_client_is_closed_is_told_so(served: Fleet) -> None:
+    client = AsyncClient(served.redis.url, fleet=served.redis.fleet, model=MODEL)
+    job = await client.submit("count", **LONG, cancel_on_disconnect=True)
+    stream = job.stream()
+    await anext(stream)
+    reading = [asyncio.create_task(job.result()), asyncio.create_task(read_on(stream))]
+    await asyncio.sleep(0.1)
+    await client.aclose()
+    done, _ = await asyncio.wait(reading, timeout=on_this_machine(20))
+    assert [str(task.exception()) for task in done] == ["This client is closed."] * 2
+    with served.client() as other:
+        assert other.job(job.id).status().state == "cancelled"
+
+
+async def read_on(stream: Any) -> None:
+    async with stream:
+        async for _ in stream:
+            pass
+
+
+async def test_of_many_of_which_one_is_refused_none_runs_but_those_with_a_name_of_the_callers(
+    client: AsyncClient, served: Fleet
+) -> None:
+    jobs, name = Jobs(served), new_id()
+    client._max_queued = 3
+    with served.workers[0].frozen(), pytest.raises(Overloaded):
+        await client.submit_many([{"messages": "count", "job_id": name}, *["count"] * 80], **LONG)
+    await client.job(name).cancel()
+    jobs.all_end_cancelled(2)
+    with pytest.raises(InvalidRequest):
+        await client.submit_many(["count", ""], temperature=-1.0)
+
+
+@pytest.mark.parametrize("call", ["chat", "achat", "astream_chat"])
+async def test_a_call_cancelled_at_any_moment_leaves_no_job(call: str, model: ChatModel, served: Fleet) -> None:
+    """Nobody else knows of it."""
+
+    async def use() -> None:
+        if call == "chat":
+            await model.client.thread.arun(model.client.aio.chat("count", **LONG))
+        elif call == "achat":
+            await model.achat("count", **LONG)
+        else:
+            async for _ in model.astream_chat("count", **LONG):
+                pass
+
+    jobs = Jobs(served)
+    for k in range(40):
+        task, until = asyncio.create_task(use()), time.perf_counter() + k * 0.0003
+        while time.perf_counter() < until:
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+    await asyncio.to_thread(jobs.all_end_cancelled, 5)
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")  # interrupted just before
+def test_a_call_interrupted_at_any_moment_leaves_no_job(model: ChatModel, served: Fleet) -> None:
+    """By Ctrl-C, that is: also as the loop's thread is told of the call."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before, main = signal.signal(signal.SIGUSR1, interrupt), threading.get_ident()
+    jobs = Jobs(served)
+    try:
+        for k in range(60):
+            timer = threading.Timer(k * 0.0002, signal.pthread_kill, (main, signal.SIGUSR1))
+            with contextlib.suppress(KeyboardInterrupt):
+                timer.start()
+                model.chat("count", **LONG)
+            timer.join()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    jobs.all_end_cancelled(5)
+
+
+@pytest.mark.parametrize(
+    ("call", "at"), [("submit", 1), ("submit", 2), ("submit_many", 1), ("stream_chat", 1), ("stream_chat", 3)]
+)
+def test_a_call_interrupted_just_as_a_step_is_done_leaves_no_job(
+    call: str, at: int, model: ChatModel, served: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step's result had come, and nobody got it."""
+    thread, steps = model.client.thread, itertools.count(1)
+    run = thread.run
+
+    def interrupted(coroutine: Coroutine[Any, Any, Any]) -> Any:
+        result = run(coroutine)
+        if next(steps) == at:
+            raise KeyboardInterrupt
+        return result
+
+    def use() -> None:
+        if call == "submit":
+            list(model.client.submit("count", **LONG, cancel_on_disconnect=True).text())
+        elif call == "submit_many":
+            model.client.submit_many(["count"], **LONG)
+        else:
+            list(model.stream_chat("count", **LONG))
+
+    jobs = Jobs(served)
+    monkeypatch.setattr(thread, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        use()
+    monkeypatch.undo()
+    jobs.all_end_cancelled(1)
