@@ -43,9 +43,11 @@ def check_texts(info: EngineInfo, texts_ids: Items[tuple[int, ...]], adapter: st
     check_adapter(info.adapters, adapter)
     for ids in texts_ids:
         _check_ids(info, "texts", ids)
-        if not 0 < len(ids) <= info.context_tokens:
+        if not ids:
+            raise InvalidRequest("texts: one is empty, so that no token of it could be scored.", param="texts")
+        if len(ids) > info.context_tokens:
             raise ContextLengthExceeded(
-                f"A text has {len(ids)} tokens; 1 to {info.context_tokens} can be scored.",
+                f"A text has {len(ids)} tokens; up to {info.context_tokens} can be scored.",
                 prompt_tokens=len(ids),
                 context_tokens=info.context_tokens,
             )

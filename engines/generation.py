@@ -23,8 +23,6 @@ from tokenfleet.wire.events import ChoiceFinished, Delta
 
 __all__ = ["DeliveredChoice", "GenerationJob", "choice_seed", "generate_deltas", "resolve_max_new_tokens"]
 
-_DEFAULT_MAX_NEW_TOKENS = GenerationParams().max_new_tokens
-
 
 @dataclass(frozen=True, slots=True)
 class GenerationJob:
@@ -82,7 +80,7 @@ def resolve_max_new_tokens(params: GenerationParams, prompt_tokens: int, context
     A limit the caller asked for must fit; the default one (LLaMA-Factory's 1024) yields to the context, and to an
     explicit ``max_length``. Raises `ContextLengthExceeded`.
     """
-    asked = params.max_new_tokens if params.max_new_tokens != _DEFAULT_MAX_NEW_TOKENS else None
+    asked = params.max_new_tokens if "max_new_tokens" in params.model_fields_set else None
     room = context_tokens - prompt_tokens
     needed = max(asked or 1, params.min_tokens)
     if room < needed:

@@ -22,8 +22,9 @@ Backend = Literal["hf", "huggingface", "transformers", "vllm", "sglang", "script
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 _ENGINES = {"hf": "transformers", "huggingface": "transformers"}
-_GENERATION = frozenset(GenerationParams.model_fields) | {"max_tokens", "min_new_tokens", "num_return_sequences"}
-
+ALIASES = {"max_tokens": "max_new_tokens", "min_new_tokens": "min_tokens", "num_return_sequences": "n"}
+"""Other names of generation parameters."""
+_GENERATION = frozenset(GenerationParams.model_fields) | ALIASES.keys()
 
 WORKER_NAMES = (
     "template", "default_system", "enable_thinking", "preserve_thinking", "neutral_special_tokens", "slots",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from tokenfleet.producer.aio_job import AsyncStream, piece_of
-from tokenfleet.producer.arguments import FleetArguments, split_arguments
+from tokenfleet.producer.arguments import ALIASES, FleetArguments, split_arguments
 from tokenfleet.producer.local_fleet import LocalFleet, ensure
 from tokenfleet.producer.sync import Client
 from tokenfleet.wire.errors import ConfigurationError
@@ -161,9 +161,14 @@ class ChatModel:
     def _named(
         self, system: Any, tools: Any, images: _Media, videos: _Media, audios: _Media, more: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """What `Client.submit` takes; what is given in the call wins over the defaults."""
+        """What `Client.submit` takes; what is given in the call wins over the defaults, by whichever of its names, and
+        None is not given, as in LLaMA-Factory. There a call's ``max_length`` wins over a default ``max_new_tokens``."""
+        named = {name: value for name, value in more.items() if value is not None}
+        given = {ALIASES.get(name, name) for name in named}
+        given |= {"max_new_tokens"} if "max_length" in given else set()
+        defaults = {name: value for name, value in self._defaults.items() if ALIASES.get(name, name) not in given}
         media = {"images": images, "videos": videos, "audios": audios}
-        return {**self._defaults, **more, "system": system, "tools": tools, **media}
+        return {**defaults, **named, "system": system, "tools": tools, **media}
 
     def _stop(self) -> None:
         if self._fleet is not None:

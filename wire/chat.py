@@ -22,6 +22,14 @@ def _strings(stop: Any) -> Any:
     return () if stop is None else tuple(stop) if isinstance(stop, list) else stop
 
 
+class WrongField(ValueError):
+    """Two fields that don't go together; ``field`` is the one to name."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
 class _Wire(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
@@ -158,9 +166,11 @@ class GenerationParams(_Wire):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs=True")
+            raise WrongField("top_logprobs", "top_logprobs needs logprobs=True")
         if self.max_new_tokens is not None and self.min_tokens > self.max_new_tokens:
-            raise ValueError(f"min_tokens={self.min_tokens} is above max_new_tokens={self.max_new_tokens}")
+            raise WrongField(
+                "min_tokens", f"min_tokens={self.min_tokens} is above max_new_tokens={self.max_new_tokens}"
+            )
         return self
 
     @property
@@ -203,9 +213,8 @@ class ChatRequest(_Wire):
     @model_validator(mode="after")
     def _messages_or_prompt(self) -> Self:
         if (self.prompt is None) == (not self.messages):
-            raise ValueError(
-                "messages must not be empty" if self.prompt is None else "give messages or prompt, not both"
-            )
+            why = "messages must not be empty" if self.prompt is None else "give messages or prompt, not both"
+            raise WrongField("messages", why)
         return self
 
 

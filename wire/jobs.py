@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from tokenfleet.wire.chat import ChatRequest, Request, ScoreRequest
+from tokenfleet.wire.chat import ChatRequest, Request, ScoreRequest, WrongField
 from tokenfleet.wire.errors import ErrorBody, InvalidRequest
 from tokenfleet.wire.keys import Priority
 from tokenfleet.wire.results import Timing
@@ -127,9 +127,11 @@ def invalid(error: ValidationError, what: str) -> InvalidRequest:
     """The first thing that is wrong, in a caller's words; its value is left out, since it may be part of a prompt."""
     first = error.errors(include_input=False, include_url=False)[0]
     place = ".".join(str(p) for p in first["loc"] if p not in ("chat", "score"))
+    cause = first.get("ctx", {}).get("error")
+    param = ".".join([place, cause.field] if place else [cause.field]) if isinstance(cause, WrongField) else place
     reason = first["msg"].removeprefix("Value error, ")
     hint = "Unknown names are refused: is it misspelt?" if first["type"] == "extra_forbidden" else ""
-    return InvalidRequest(f"{what}: {place}: {reason}" if place else f"{what}: {reason}", hint=hint, param=place)
+    return InvalidRequest(f"{what}: {place}: {reason}" if place else f"{what}: {reason}", hint=hint, param=param)
 
 
 def parse_request(data: bytes | str) -> ChatRequest | ScoreRequest:
@@ -141,7 +143,11 @@ def parse_request(data: bytes | str) -> ChatRequest | ScoreRequest:
 
 
 def dump_request(request: ChatRequest | ScoreRequest) -> bytes:
-    return msgspec.json.encode({"kind": request.kind, **request.model_dump(mode="json", exclude_defaults=True)})
+    """What the ledger stores. A limit that was asked for stays, though it be the default one, which yields to others."""
+    body = {"kind": request.kind, **request.model_dump(mode="json", exclude_defaults=True)}
+    if isinstance(request, ChatRequest) and "max_new_tokens" in request.params.model_fields_set:
+        body.setdefault("params", {})["max_new_tokens"] = request.params.max_new_tokens
+    return msgspec.json.encode(body)
 
 
 def digest(model: str, request: bytes, options: JobOptions) -> str:

@@ -29,13 +29,14 @@ def chat_request(
 ) -> tuple[ChatRequest, JobOptions]:
     """Build a request and its job options from keyword arguments by their names. Raises `InvalidRequest`.
 
-    The caller's objects are never changed. A string is one user message. None means "not given". ``is_json``: the
-    values were read out of JSON, where each has its type: "1" is no number, and 1 is not true."""
+    The caller's objects are never changed. A string is one user message. None means "not given", but for the most
+    tokens of an answer: there it is up to the context's end. ``is_json``: the values were read out of JSON, where each
+    has its type: "1" is no number, and 1 is not true."""
     request: dict[str, Any] = {}
     options: dict[str, Any] = {}
     params: dict[str, Any] = {}
     for name, value in named.items():
-        if value is None or (name in _MEDIA_NAMES and not value):
+        if (value is None and name not in _MAX_TOKENS) or (name in _MEDIA_NAMES and not value):
             continue
         if name in _MEDIA_NAMES:
             raise InvalidRequest(

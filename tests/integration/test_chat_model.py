@@ -41,6 +41,20 @@ def test_chat_gives_a_response_per_choice_and_leaves_the_messages_alone(model: C
         assert response.finish_reason == "length"
 
 
+@pytest.mark.parametrize(
+    ("given", "tokens"),
+    [
+        ({"max_new_tokens": None}, 12),  # not given, as in LLaMA-Factory
+        ({"max_tokens": 5}, 5),
+        ({"max_length": 60}, 60),  # with the prompt's; the default of this model's calls is 12 without
+    ],
+)
+def test_what_a_call_gives_wins_over_the_defaults_by_whichever_name(model: ChatModel, given: dict, tokens: int) -> None:
+    [response] = model.chat(MESSAGES, **given)
+    prompt = response.prompt_length if "max_length" in given else 0
+    assert prompt + response.response_length == tokens
+
+
 def test_system_as_first_message_is_the_same_as_system(model: ChatModel) -> None:
     as_message = model.chat([{"role": "system", "content": "Be brief."}, *MESSAGES], do_sample=False)
     as_argument = model.chat(MESSAGES, system="Be brief.", do_sample=False)

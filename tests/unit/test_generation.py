@@ -227,6 +227,7 @@ def test_logprobs_stay_with_their_tokens():
         ({"max_new_tokens": None}, 96, 4096, 4000),
         ({"max_length": 3000}, 100, 4096, 2900),  # asked for, so the default does not cap it
         ({"max_length": 3000, "max_tokens": 7}, 100, 4096, 7),
+        ({"max_length": 3000, "max_tokens": 1024}, 100, 4096, 1024),  # asked for, though it be the default
         ({"max_length": 9000}, 100, 4096, 3996),
         ({"max_tokens": 96}, 4000, 4096, 96),
     ],
@@ -240,6 +241,7 @@ def test_the_number_of_new_tokens(given, prompt, context, resolved):
     [
         ({}, 100, (100, 1, 100)),
         ({"max_tokens": 51}, 50, (50, 51, 100)),
+        ({"max_tokens": 1024}, 50, (50, 1024, 100)),
         ({"min_tokens": 60}, 50, (50, 60, 100)),
         ({"max_length": 50}, 50, (50, 1, 50)),
     ],
