@@ -143,7 +143,7 @@ def parse_request(data: bytes | str) -> ChatRequest | ScoreRequest:
 
 
 def dump_request(request: ChatRequest | ScoreRequest) -> bytes:
-    """What the ledger stores. A limit that was asked for stays, though it be the default one, which yields to others."""
+    """What the ledger stores. A limit that was asked for stays, though it be the default, which yields to others."""
     body = {"kind": request.kind, **request.model_dump(mode="json", exclude_defaults=True)}
     if isinstance(request, ChatRequest) and "max_new_tokens" in request.params.model_fields_set:
         body.setdefault("params", {})["max_new_tokens"] = request.params.max_new_tokens
