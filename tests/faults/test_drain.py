@@ -6,7 +6,6 @@ import signal
 
 from tests.faults.trial import Trial, ledger_of, running
 from tests.fleets import Fleet, wait_until
-from tests.processes import on_this_machine
 
 
 def test_jobs_finish_within_the_grace_period(fleet: Fleet) -> None:
@@ -37,7 +36,7 @@ def test_after_the_grace_period_jobs_are_handed_over_at_once(fleet: Fleet) -> No
         assert verdict.cut_streams == 8
         assert not any("deaths" in ledger_of(fleet, job) for job in jobs), "it counted as a death"
         assert {ledger_of(fleet, job)["epoch"] for job in jobs} == {"2"}
-        assert max(verdict.stalls_s) < on_this_machine(5.0)
+        assert max(verdict.stalls_s) < trial.limit(5.0)
 
 
 def test_a_second_signal_hands_over_immediately(fleet: Fleet) -> None:

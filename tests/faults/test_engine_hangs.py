@@ -12,7 +12,7 @@ from tests.faults.test_engine_kills import busiest
 from tests.faults.trial import Trial
 from tests.fleets import Fleet, wait_until
 from tests.installed_engine import MODEL, core_of, needs_one, start, wait_ready
-from tests.processes import all_gone, on_this_machine
+from tests.processes import all_gone
 
 pytestmark = [needs_one, pytest.mark.slow, pytest.mark.timeout(600)]
 HANG_S = 8.0
@@ -36,5 +36,5 @@ def test_streams_leave_an_engine_whose_process_hangs(fleet: Fleet, monkeypatch: 
         wait_until(lambda: all_gone(family), 10, "all of its processes are gone")
         verdict = trial.judge(timeout_s=200, may_run_plain=True, may_have=["text_differs", "invalid_utf8"])
         assert verdict.cut_streams >= 1
-        assert HANG_S - 1 < left_s < HANG_S + on_this_machine(20)
+        assert HANG_S / 2 < left_s < HANG_S + trial.limit(20), "sooner: something else told"
         print(f"the worker was gone {left_s:.1f} s after its engine hung; stalls {sorted(verdict.stalls_s)}")

@@ -13,7 +13,7 @@ from tests.faults.trial import Trial, ledger_of
 from tests.fleets import Fleet, Worker, wait_until
 from tests.installed_engine import MODEL, core_of, has_gpu, needs_one, start, wait_ready
 from tests.plain_models import plain_model, save_lora
-from tests.processes import all_gone, on_this_machine
+from tests.processes import all_gone
 from tokenfleet import Job
 from tokenfleet.wire.events import Delta
 
@@ -59,7 +59,7 @@ def test_streams_survive_the_engines_process_and_its_worker(fleet: Fleet) -> Non
         began = time.monotonic()
         wait_until(lambda: ledger_of_dead(fleet, trial, victim), 10, "its jobs are given away")
         noticed_s = time.monotonic() - began
-        assert victim.wait(30) != 0, "a supervisor would not start it again"
+        assert victim.wait(60) != 0, "a supervisor would not start it again"
         left_s = time.monotonic() - began
         wait_until(lambda: all_gone(family), 10, "all of its processes are gone")
         wait_ready(fleet, start(fleet, **options))
@@ -75,7 +75,7 @@ def test_streams_survive_the_engines_process_and_its_worker(fleet: Fleet) -> Non
             f"the death was noticed after {noticed_s:.2f} s, the worker gone after {left_s:.1f} s; "
             f"stalls {sorted(verdict.stalls_s)}"
         )
-        assert noticed_s < on_this_machine(2.0)
+        assert noticed_s < trial.limit(2.0)
         assert verdict.cut_streams >= 2
         tolerance = GPU_TOLERANCE if has_gpu() else CPU_TOLERANCE
         off = {}

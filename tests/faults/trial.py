@@ -28,7 +28,7 @@ import redis
 
 from tests.faults.checker import Evidence, Verdict, check
 from tests.fleets import Fleet, Worker, wait_until
-from tests.processes import on_this_machine
+from tests.processes import Standstill, on_this_machine
 from tokenfleet import Client, Job
 from tokenfleet.producer.aio_job import AsyncStream
 from tokenfleet.wire.errors import TokenfleetError
@@ -95,6 +95,7 @@ class Trial:
         self.client = client or fleet.client()
         self.history = History(fleet.folder, f"{len(fleet.clients)}-{time.monotonic_ns()}")
         self.readings: list[Reading] = []
+        self._stalls = Standstill()
 
     def __enter__(self) -> Self:
         return self
@@ -104,6 +105,7 @@ class Trial:
     ) -> None:
         for reading in self.readings:
             reading.future.cancel()
+        self._stalls.end()
         self.history.close()
 
     # -- clients ------------------------------------------------------------------------------------------------------
@@ -187,11 +189,11 @@ class Trial:
         assert not any(r.future.done() for r in watched), "a stream has ended before the fault: nothing would be proven"
 
     def until_over(self, timeout_s: float = 60) -> None:
-        """``timeout_s``: of `on_this_machine`."""
+        """``timeout_s``: of `limit`."""
         started = time.monotonic()
         for reading in self.readings:
             while True:
-                left_s = on_this_machine(timeout_s) - (time.monotonic() - started)
+                left_s = self.limit(timeout_s) - (time.monotonic() - started)
                 try:
                     reading.future.result(min(1.0, max(0.01, left_s)))
                 except TimeoutError:
@@ -201,6 +203,10 @@ class Trial:
                     break
 
     # -- judging ------------------------------------------------------------------------------------------------------
+
+    def limit(self, limit_s: float) -> float:
+        """For what a reader here has seen: of `on_this_machine`, and as much more as that stood still."""
+        return on_this_machine(limit_s) + self._stalls.lost_s
 
     def judge(self, *, timeout_s: float = 60, may_have: Iterable[str] = (), **options: Any) -> Verdict:
         """Wait for all readers, dump Redis, and assert that the checker finds nothing (but ``may_have``)."""

@@ -37,7 +37,7 @@ class Taker:
     def take(self, count: int = 1) -> list[Any]:
         before = len(self.taken)
         while len(self.taken) < before + count:
-            self.connection.drain_events(timeout=5)
+            self.connection.drain_events(timeout=30)
         return self.taken[before:]
 
     def later(self) -> None:

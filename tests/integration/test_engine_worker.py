@@ -45,11 +45,11 @@ def test_a_chat_is_answered_and_a_core_that_dies_while_nothing_runs_takes_its_wo
         assert any(isinstance(event, Delta) for event in islice(stream, 20))
     left.cancel()
     family = [psutil.Process(worker.pid), *worker.children()]
-    wait_until(lambda: int(client.workers()[0]["running"]) == 0, 10, "nothing runs")
+    wait_until(lambda: [int(each["running"]) for each in client.workers()] == [0], 20, "nothing runs")
     core_of(worker).kill()
     killed = time.monotonic()
     late = client.submit(question, model=MODEL, do_sample=False, max_new_tokens=24)
-    assert worker.wait(30) != 0, "a supervisor would not start it again"
+    assert worker.wait(60) != 0, "a supervisor would not start it again"
     print(f"the worker had left {time.monotonic() - killed:.1f} s after its core's death")
     wait_until(lambda: all_gone([process.pid for process in family]), 10, "all of the worker's processes gone")
     assert ledger_of(fleet, late)["state"] == "queued"

@@ -35,7 +35,7 @@ def gateways(seeing: Fleet) -> Iterator[tuple[Gateway, Gateway]]:
     """One as it is by default, and one that fetches, also from this machine."""
     plain = start_gateway(seeing, wait=False, max_media_bytes=100_000, storage=seeing.folder / "storage")
     fetching = start_gateway(
-        seeing, max_media_bytes=100_000, fetch_urls=True, fetch_allowed_networks='["127.0.0.1/32"]', fetch_timeout_s=5
+        seeing, max_media_bytes=100_000, fetch_urls=True, fetch_allowed_networks='["127.0.0.1/32"]', fetch_timeout_s=30
     )
     wait_up(plain)
     yield plain, fetching

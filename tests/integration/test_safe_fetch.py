@@ -83,7 +83,7 @@ def site() -> Iterator[Any]:
 
 
 def get(url: str, allowed: tuple[str, ...] = (), **options: Any) -> bytes:
-    return asyncio.run(SafeHttp(allowed).get(url, **{"max_bytes": 1000, "timeout_s": 5.0, **options}))
+    return asyncio.run(SafeHttp(allowed).get(url, **{"max_bytes": 1000, "timeout_s": 30.0, **options}))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_a_dead_server_is_a_typed_error() -> None:
 
 
 def test_a_post_tells_its_status_and_is_checked_too(site: Any) -> None:
-    post = lambda http, url: http.post(url, b"{}", {"X-Sign": "s"}, timeout_s=5.0)  # noqa: E731
+    post = lambda http, url: http.post(url, b"{}", {"X-Sign": "s"}, timeout_s=30.0)  # noqa: E731
     assert asyncio.run(post(SafeHttp(LOOPBACK), f"{site.url}/hook")) == 202
     assert site.seen == ["s {}"]
     with pytest.raises(UrlRefused):

@@ -106,7 +106,7 @@ def by_rank(subject, params):
     return {**params, "logit_bias": {int(order[rank]): bias for rank, bias in params["logit_bias"].items()}}
 
 
-async def until(condition, limit_s=10.0):
+async def until(condition, limit_s=60.0):
     deadline = time.monotonic() + on_this_machine(limit_s)
     while not condition():
         assert time.monotonic() < deadline, "did not come to pass"
