@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+
+AsyncTest = Callable[..., Awaitable[None]]
 
 
 def is_alive(pid: int) -> bool:
@@ -88,6 +91,27 @@ def in_time(measured_s: Callable[[], float], limit_s: float, tries: int = 3) -> 
     while not took or took[-1] >= on_this_machine(limit_s):
         assert len(took) < tries, f"it took {took} s each time, not {limit_s:g}"
         took.append(measured_s())
+
+
+def once_in(tries: int) -> Callable[[AsyncTest], AsyncTest]:
+    """An async test that counts what an engine does between two of its own lines, where the machine may stand still:
+    it holds if it does once."""
+
+    def decorate(test: AsyncTest) -> AsyncTest:
+        @functools.wraps(test)
+        async def run(*args: Any, **named: Any) -> None:
+            for left in reversed(range(tries)):
+                try:
+                    await test(*args, **named)
+                except AssertionError:
+                    if not left:
+                        raise
+                else:
+                    return
+
+        return run
+
+    return decorate
 
 
 def eventually(condition: Callable[[], object], within_s: float = 20.0, what: str = "") -> None:

@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 
 from tests.contract import small_models  # noqa: E402
 from tests.contract.transformers_runs import answer, assert_best, prompt, sequence, started, until  # noqa: E402
+from tests.processes import once_in  # noqa: E402
 from tokenfleet.engines.choice import DeliveredChoice  # noqa: E402
 from tokenfleet.engines.generation import GenerationJob, generate_deltas  # noqa: E402
 from tokenfleet.engines.hf_tokenizer import HFTokenizer  # noqa: E402
@@ -168,6 +169,7 @@ async def test_a_search_that_lost_its_worker_begins_anew_and_comes_to_the_same(l
         assert sorted(again, key=lambda event: (event.choice, type(event).__name__)) == [ends[0], ends[1], whole[1]]
 
 
+@once_in(3)
 async def test_leaving_ends_a_search_and_frees_its_slots(llama):
     engine, _ = llama
     events = generate_deltas(engine, HFTokenizer(engine.tokenizer), job(engine, {"n": 2, "max_new_tokens": 400}))

@@ -53,7 +53,7 @@ def test_a_hung_engine_loses_its_lease_by_decision(fleet: Fleet) -> None:
         trap = trial.submit("[[fault: freeze at 100 on attempt 1]]", max_new_tokens=400)
         trial.watch(trap)
         fleet.start_worker(salted=True, token_ms=3.0, wait=False)
-        assert first.wait(40) != 0, "a supervisor would not start it again"
+        assert first.wait(60) != 0, "a supervisor would not start it again"
         verdict = trial.judge()
         assert verdict.cut_streams == 5
 

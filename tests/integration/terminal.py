@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 import pty
@@ -34,6 +35,7 @@ class Terminal:
         )
         os.close(inner)
         self.shown = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a read may end within a character
         self._read = 0
 
     def type(self, text: str) -> None:
@@ -74,7 +76,7 @@ class Terminal:
             if what == "its end":
                 raise EOFError
             raise AssertionError(f"it ended while waiting for {what}; it showed:\n{self.shown}")
-        self.shown += data.decode(errors="replace")
+        self.shown += self._decoder.decode(data)
 
 
 @contextlib.contextmanager

@@ -79,7 +79,7 @@ def worker_error(redis: RedisServer, **env: str) -> tuple[int, str]:
     settings = {"TOKENFLEET_REDIS_URL": redis.url, "TOKENFLEET_FLEET": new_fleet_name(), **env}
     worker = subprocess.run(
         [sys.executable, "-m", "celery", "-A", "workers.app", "worker", "-l", "info"],
-        cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True, timeout=60,
+        cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True, timeout=150,
     )  # fmt: skip
     return worker.returncode, worker.stdout + worker.stderr
 
@@ -153,4 +153,4 @@ def test_garbage_in_broker_log_and_channel_kills_nobody(fleet: Fleet) -> None:
     assert len(client.submit("hello", max_new_tokens=3).result(20).choices[0].ids) == 3
     assert worker.process.poll() is None
     worker.kill_main(signal.SIGTERM)
-    assert worker.wait(30) == 0
+    assert worker.wait(60) == 0

@@ -36,7 +36,7 @@ def test_a_fleet_comes_up_step_by_step_and_goes_down_workers_first(place: Path) 
     seen: list[FleetState] = []
     slowly = config("serve", 0.5, workers=2, worker={"model": "small"})  # slow enough to be seen on a busy machine
     fleet = ensure("one", slowly, on_progress=seen.append)
-    state = fleet.wait_ready(30, on_progress=seen.append)
+    state = fleet.wait_ready(60, on_progress=seen.append)
     assert fleet.models == state.models == ("small",)
     loads = [s for s in seen if s.state == "loading" and s.progress is not None]
     assert loads
@@ -122,7 +122,7 @@ async def test_async_users_do_the_same_without_blocking_their_loop(place: Path) 
 
     ticking = asyncio.create_task(tick())
     async with await local_fleet.ensure_async("one", config()) as fleet:
-        await fleet.wait_ready_async(30)
+        await fleet.wait_ready_async(60)
         assert fleet.models == ("m",)
         await fleet.stop_async()
     ticking.cancel()

@@ -69,7 +69,7 @@ def checkout() -> Iterator[Checkout]:
         try:
             yield checkout
         finally:
-            checkout.run("test ! -x .venv/bin/tokenfleet || .venv/bin/tokenfleet down || true", limit_s=60)
+            checkout.run("test ! -x .venv/bin/tokenfleet || .venv/bin/tokenfleet down || true", limit_s=150)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -81,7 +81,7 @@ def test_the_first_command_sets_up_and_runs_the_main_job(checkout: Checkout) -> 
     assert "Paris" in output
     # ... and the fleet it started answers the chat that the README tells of next.
     assert "Paris" in checkout.run(
-        ".venv/bin/tokenfleet chat --temperature 0", limit_s=60, text="What is the capital of France?\n"
+        ".venv/bin/tokenfleet chat --temperature 0", limit_s=150, text="What is the capital of France?\n"
     )
 
 
@@ -97,7 +97,7 @@ def test_the_python_examples_run_as_they_stand(checkout: Checkout) -> None:
     """On the fleet of the first command; the first example starts a private one of its own."""
     examples = python_examples()
     assert len(examples) >= 5
-    url = checkout.run(".venv/bin/tokenfleet status --url", limit_s=60).strip()
+    url = checkout.run(".venv/bin/tokenfleet status --url", limit_s=150).strip()
     outputs = [
         checkout.run(".venv/bin/python -W error -", limit_s=300, text=example, TOKENFLEET_REDIS_URL=url)
         for example in examples
