@@ -54,6 +54,9 @@ def _run(settings: GatewaySettings) -> None:
         log_level="warning",
         server_header=False,
         timeout_graceful_shutdown=10,
+        # uvicorn kills a process that does not answer for so long, also while it starts: not for a machine that is slow
+        # or stood still, for its streams would die with it.
+        timeout_worker_healthcheck=30,
     )
 
 

@@ -16,6 +16,7 @@ from itertools import islice
 from typing import Any
 
 import openai
+import psutil
 import pytest
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -319,6 +320,29 @@ def test_bad_questions(gateway: Gateway, path: str, body: Any, status: int, code
 
 
 # -- operations -------------------------------------------------------------------------------------------------------
+
+
+def test_a_gateways_process_that_stands_still_for_seconds_is_not_killed(served: Fleet) -> None:
+    gateway = start_gateway(served, processes=2)
+    try:
+
+        def both() -> list[psutil.Process]:
+            children = psutil.Process(gateway.process.pid).children()
+            return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+
+        wait_until(lambda: len(both()) == 2, 20, "two processes")
+        one, other = both()
+        one.suspend()
+        stopped = time.monotonic()
+        while time.monotonic() - stopped < 6:
+            assert call(gateway, "/health")[0] == 200
+            time.sleep(0.2)
+        one.resume()
+        assert one.is_running()
+        assert other.is_running()
+    finally:
+        os.killpg(gateway.process.pid, signal.SIGKILL)
+        gateway.close()
 
 
 def test_metrics_tell_what_requests_met_and_nothing_about_them(served: Fleet) -> None:
