@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import tempfile
 
 import uvicorn
@@ -44,6 +45,10 @@ def main() -> None:
 
 
 def _run(settings: GatewaySettings) -> None:
+    hang_up = getattr(signal, "SIGHUP", None)  # not on Windows
+    if settings.processes == 1 and hang_up is not None and signal.getsignal(hang_up) == signal.SIG_DFL:
+        # Its terminal is closed: end as uvicorn does at SIGTERM, with the jobs whose clients are cut off.
+        signal.signal(hang_up, lambda *_: signal.raise_signal(signal.SIGTERM))
     uvicorn.run(
         "tokenfleet.producer.gateway.serve:make",
         factory=True,

@@ -8,13 +8,13 @@ import itertools
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from typing import Any
 
 import pytest
 
-from tests.fleets import MODEL, Fleet, wait_until
+from tests.fleets import MODEL, Fleet
+from tests.jobs import Jobs
 from tests.processes import on_this_machine
 from tokenfleet import AsyncClient, ChatModel
 from tokenfleet.wire.errors import InvalidRequest, Overloaded
@@ -36,28 +36,6 @@ def model(served: Fleet) -> Iterator[ChatModel]:
     with ChatModel({"redis_url": served.redis.url, "fleet": served.redis.fleet, "model": MODEL}) as model:
         model.chat("count", max_new_tokens=2)
         yield model
-
-
-class Jobs:
-    """The jobs that come into being from now on."""
-
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
-        self._old = self._ids()
-
-    def _ids(self) -> set[str]:
-        prefix = f"tokenfleet:{self._fleet.redis.fleet}:job:"
-        with self._fleet.redis.client() as redis:
-            return {key.decode().removeprefix(prefix) for key in redis.keys(f"{prefix}*")}
-
-    def states(self) -> Counter[str]:
-        with self._fleet.redis.client() as redis:
-            name = f"tokenfleet:{self._fleet.redis.fleet}:job:"
-            return Counter(redis.hget(name + job_id, "state").decode() for job_id in self._ids() - self._old)
-
-    def all_end_cancelled(self, at_least: int) -> None:
-        wait_until(lambda: not self.states().keys() - {"cancelled"}, what=f"all cancelled, not {self.states()}")
-        assert self.states()["cancelled"] >= at_least, self.states()
 
 
 async def cancelled_after(turns: int, coroutine: Coroutine[Any, Any, Any]) -> None:

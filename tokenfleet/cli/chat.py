@@ -23,6 +23,7 @@ from tokenfleet.cli.arguments import (
 from tokenfleet.cli.connection import MODEL
 from tokenfleet.cli.media import media_options, media_parts, media_settings
 from tokenfleet.cli.output import note, print_error, write
+from tokenfleet.cli.signals import jobs_end_with_us
 from tokenfleet.cli.typed import TypedLines
 from tokenfleet.wire.errors import TokenfleetError
 
@@ -162,15 +163,16 @@ class Chat:
 
     async def _answer(self, messages: list[dict[str, Any]], answer: _Answer) -> None:
         """Print the answer as it comes and collect it."""
-        try:
-            job = await self._client.submit(messages, **self._request, cancel_on_disconnect=True)
-            async with job.stream() as stream, _telling(job) as first, contextlib.aclosing(stream.text()) as texts:
-                async for piece in texts:
-                    first.set()
-                    answer.pieces.append(piece)
-                    write(piece)
-        except asyncio.CancelledError:
-            answer.was_stopped = True
+        async with jobs_end_with_us():
+            try:
+                job = await self._client.submit(messages, **self._request, cancel_on_disconnect=True)
+                async with job.stream() as stream, _telling(job) as first, contextlib.aclosing(stream.text()) as texts:
+                    async for piece in texts:
+                        first.set()
+                        answer.pieces.append(piece)
+                        write(piece)
+            except asyncio.CancelledError:
+                answer.was_stopped = True
         answer.is_over = True
 
 

@@ -13,6 +13,7 @@ import click
 
 from tokenfleet.cli.connection import FLEET, MODEL, REDIS_URL, connected
 from tokenfleet.cli.output import for_stream, note, seconds, table, write
+from tokenfleet.cli.signals import jobs_end_with_us
 from tokenfleet.wire.errors import TokenfleetError
 
 if TYPE_CHECKING:
@@ -81,15 +82,15 @@ class _Display(Protocol):
 
 
 async def _show(url: str, fleet: str, model: str | None, tokens: int) -> None:
-    async with connected(url, fleet, model) as client:
+    async with connected(url, fleet, model) as client, jobs_end_with_us():
         begin = time.monotonic()
         named: dict[str, Any] = {"temperature": 0, "max_new_tokens": tokens, "cancel_on_disconnect": True}
         jobs = await client.submit_many(PROMPTS, **named)
         sent_s = time.monotonic() - begin
-        note(f"{len(jobs)} jobs queued in {seconds(sent_s)}; their tokens as they come:\n")
         all_shown = [Shown(i, prompt, job) for i, (prompt, job) in enumerate(zip(PROMPTS, jobs, strict=True), 1)]
         async with contextlib.AsyncExitStack() as stack:
             streams = [stack.push_async_exit(job.stream()) for job in jobs]  # whatever ends this, ends the jobs
+            note(f"{len(jobs)} jobs queued in {seconds(sent_s)}; their tokens as they come:\n")
             display: _Display = stack.enter_context(_Live(all_shown)) if sys.stdout.isatty() else _Lines()
             try:
                 async with asyncio.TaskGroup() as group:
