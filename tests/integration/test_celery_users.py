@@ -15,7 +15,8 @@ from celery import Celery, chain, chord, group
 from celery.exceptions import TaskRevokedError
 
 from tests.fleets import MODEL, ROOT, Fleet, wait_until
-from tokenfleet import chat
+from tests.processes import on_this_machine
+from tokenfleet import Job, chat
 from tokenfleet.wire.errors import InvalidRequest
 
 
@@ -123,17 +124,26 @@ def test_nobody_sees_a_prompt_through_celery(served: Fleet) -> None:
         next(consumer, None)
         raw = Celery(broker=served.redis.celery_url, backend=served.redis.celery_url)
         queue = sig(served).options["queue"]
-        sent = raw.send_task("tokenfleet.chat", args=(secret,), kwargs={"max_new_tokens": 1200}, queue=queue)
-        job = served.client().job(sent.id)
-        wait_until(lambda: served.redis.client().exists(f"tokenfleet:{served.redis.fleet}:job:{sent.id}"), 10)
+
+        def send(said: str) -> Job:
+            sent = raw.send_task("tokenfleet.chat", args=(said,), kwargs={"max_new_tokens": 30}, queue=queue)
+            wait_until(lambda: served.redis.client().exists(f"tokenfleet:{served.redis.fleet}:job:{sent.id}"), 20)
+            return served.client().job(sent.id)
+
+        job = send(f"{secret} [[fault: hang at 20]]")  # it runs until it is cancelled
         active = wait_until(
-            lambda: [t for w in (app.control.inspect(timeout=2.0, limit=2).active() or {}).values() for t in w], 10
+            lambda: [t for w in (app.control.inspect(timeout=2.0, limit=2).active() or {}).values() for t in w], 20
         )
-        job.result(20)
-        until = time.monotonic() + 10
-        while time.monotonic() < until and not any(e["type"] == "task-succeeded" for e in seen):
+        job.cancel()
+        last = send(secret)
+        last.result(20)
+        until = time.monotonic() + on_this_machine(20)
+        while time.monotonic() < until and not any(
+            e["type"] == "task-succeeded" and e["uuid"] == last.id for e in seen
+        ):
             next(consumer, None)
-    assert any(e["type"] == "task-received" and e["uuid"] == sent.id for e in seen)
+    assert {job.id, last.id} <= {e["uuid"] for e in seen if e["type"] == "task-received"}
+    assert any(e["type"] == "task-succeeded" and e["uuid"] == last.id for e in seen)
     assert secret not in repr(active)
     assert secret not in repr([e for e in seen if e["type"] != "task-sent"])
     assert secret not in served.workers[0].log
