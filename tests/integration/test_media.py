@@ -113,9 +113,9 @@ def test_a_part_by_reference_is_as_good_as_its_bytes(seeing: Fleet) -> None:
 def test_large_media_are_files_and_go_with_their_jobs(seeing: Fleet) -> None:
     client = seeing.client(media=settings(seeing, inline_bytes=1000))
     large = padded(png(6), 5000)
-    held = client.submit("Look", images=[large], delay_s=600, retention_s=1.0)  # it is there until we have looked
-    assert text_of(client, "So?", images=[large], retention_s=1.0) == text_of(
-        seeing.client(), "So?", images=[large], retention_s=1.0
+    held = client.submit("Look", images=[large], delay_s=600, retention_s=2.0)  # it is there until we have looked
+    assert text_of(client, "So?", images=[large], retention_s=2.0) == text_of(
+        seeing.client(), "So?", images=[large], retention_s=2.0
     ), "in Redis or in a file, it is the same medium"
     [file] = files(seeing)
     assert file.read_bytes() == large

@@ -295,7 +295,7 @@ def test_a_failure_is_told_by_a_background_response(client: openai.OpenAI) -> No
 
 
 def test_retention_is_a_jobs_own(client: openai.OpenAI) -> None:
-    short = client.responses.create(model=MODEL, input="Hi.", max_output_tokens=2, extra_body={"retention_s": 0.5})
+    short = client.responses.create(model=MODEL, input="Hi.", max_output_tokens=2, extra_body={"retention_s": 1.5})
 
     def is_gone() -> bool:
         try:
