@@ -198,11 +198,19 @@ class Collector:
     def tasks(self) -> set[asyncio.Task[None]]:
         return self._changing | set(self._tasks)
 
-    def fail_all(self) -> None:
-        """Whoever still reads gets a `RuntimeError`: after `close` nobody would wake him."""
+    def fail_all(self, why: str = "This client is closed.") -> None:
+        """Whoever still reads gets a `RuntimeError`: nobody would wake him any more."""
         for followers in self._followers.values():
             for follower in followers:
-                follower.fail(RuntimeError("This client is closed."))
+                follower.fail(RuntimeError(why))
+
+    def _has_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:  # a bug: no reason to wait for ever
+            log.error("the collector has ended", exc_info=error)
+            for other in self._tasks:
+                other.cancel()
+            self._tasks = []  # the next reader has new ones
+            self.fail_all(f"The collector met a bug: {type(error).__name__}.")
 
     async def close(self) -> None:
         self.fail_all()
@@ -218,6 +226,8 @@ class Collector:
         follower = Follower(self._ledger, job_id, after)
         if not self._tasks:
             self._tasks = [asyncio.create_task(self._listen()), asyncio.create_task(self._watch())]
+            for task in self._tasks:
+                task.add_done_callback(self._has_ended)
         if job_id not in self._followers:
             self._followers[job_id] = set()
             self._confirmed[job_id] = asyncio.get_running_loop().create_future()

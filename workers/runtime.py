@@ -123,6 +123,8 @@ class Runtime:
         control = ControlChannel(self._connect, self.keys, lambda: self.lease.worker_id, self._ordered)
         lasting = (self.publisher.run, control.run, self._sweep_media, self._watch_engine)
         tasks = [asyncio.create_task(run()) for run in lasting]
+        for task in tasks:
+            task.add_done_callback(self._has_ended)
         try:
             yield
         finally:
@@ -135,6 +137,13 @@ class Runtime:
             await self.served.close()
             await self._client.aclose()
             await self.publisher.aclose()
+
+    def _has_ended(self, task: asyncio.Task[None]) -> None:
+        """Without one of the tasks that last, a worker would keep its lease and its jobs and get nowhere."""
+        if not task.cancelled() and (error := task.exception()) is not None:  # a bug
+            log.error("a task of the worker's own has ended", exc_info=error)
+            self.is_draining = True
+            self._on_dead_engine(f"unexpected {type(error).__name__} in {task.get_name()}")
 
     async def _watch_engine(self) -> None:
         """Notice an engine that dies while nothing runs: else the next job would, and would be struck for it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from tokenfleet.producer.gateway.response_items import Asked, messages_of, page
 from tokenfleet.producer.gateway.response_requests import check, from_response_body, without_instructions
 from tokenfleet.producer.gateway.streaming import Source, event_stream, last_event_id
 from tokenfleet.wire.chat import ChatRequest, Message
-from tokenfleet.wire.errors import InvalidRequest, JobCancelled, TokenfleetError
+from tokenfleet.wire.errors import FleetUnavailable, InvalidRequest, JobCancelled, TokenfleetError
 from tokenfleet.wire.events import AnyEvent, Expired, Failed
 from tokenfleet.wire.jobs import parse_request
 from tokenfleet.wire.keys import is_id
@@ -58,7 +59,9 @@ async def create(request: Request) -> Response:
         return await event_stream(request, [source], tail=b"", is_held=not asked.background, on_error=frames.on_error)
     if asked.background:
         observed.close()
-        await _read(request.app.state.client, fold)
+        fold.created, fold.status = int(time.time()), "queued"
+        with contextlib.suppress(FleetUnavailable):  # it is queued, and nobody would get its id
+            await _read(request.app.state.client, fold)
         return _json(fold.response)
     await _finished(request, job, fold, observed)
     return _json(fold.response)

@@ -97,6 +97,16 @@ def test_a_local_fleet_goes_up_serves_and_goes_down(local_shell: Shell) -> None:
     assert local_shell.error("status", status=3).startswith("error [no_fleet]")
 
 
+def test_interrupting_up_tells_of_the_fleet_that_goes_on(local_shell: Shell) -> None:
+    with subprocess.Popen([*TOKENFLEET, "up", *SCRIPTED], env=local_shell.env, stderr=subprocess.PIPE) as up:
+        assert up.stderr is not None
+        assert b"..." in up.stderr.readline()  # it starts
+        up.send_signal(signal.SIGINT)
+        assert up.wait(60) == 130
+        assert b"runs until `tokenfleet down`" in up.stderr.read()
+    assert "stopped" in local_shell.run("down").stderr
+
+
 def test_chat_starts_the_local_fleet_that_its_file_describes(local_shell: Shell, tmp_path: Path) -> None:
     config = tmp_path / "chat.yaml"
     config.write_text("infer_backend: scripted\nengine_args: {token_ms: 1}\nmax_new_tokens: 3\ntemperature: 0\n")

@@ -9,17 +9,28 @@ import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
+from pathlib import Path
 from typing import Any
+from uuid import UUID
 
+import msgspec
 import pytest
 
 from tests.fleets import MODEL, Fleet
 from tests.jobs import Jobs
 from tests.processes import on_this_machine
+from tests.servers import RedisServer
 from tokenfleet import AsyncClient, ChatModel
-from tokenfleet.wire.errors import InvalidRequest, Overloaded
+from tokenfleet.producer.gateway.app import create_app
+from tokenfleet.producer.gateway.batch_rows import call
+from tokenfleet.producer.gateway.settings import GatewaySettings
+from tokenfleet.wire import urls
+from tokenfleet.wire.errors import FleetUnavailable, InvalidRequest, Overloaded
 from tokenfleet.wire.events import Queued
 from tokenfleet.wire.keys import new_id
+from tokenfleet.workers.runtime import Runtime
+from tokenfleet.workers.served import Served
+from tokenfleet.workers.settings import WorkerSettings
 
 LONG = {"max_new_tokens": 30_000}
 
@@ -180,3 +191,51 @@ def test_a_call_interrupted_just_as_a_step_is_done_leaves_no_job(
         use()
     monkeypatch.undo()
     jobs.all_end_cancelled(1)
+
+
+async def test_readers_of_a_collector_that_meets_a_bug_are_told_and_the_next_ones_served(
+    client: AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collector = await client._collector()
+    with monkeypatch.context() as broken:
+        broken.setattr(collector, "_dispatch", lambda *_: 1 / 0)
+        async with asyncio.timeout(on_this_machine(20)):
+            with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+                await client.chat("count", **LONG)
+    assert (await client.chat("count", max_new_tokens=2)).usage.completion_tokens == 2
+
+
+async def test_a_worker_whose_publisher_meets_a_bug_leaves(shared_redis: RedisServer) -> None:
+    """It would keep its lease, and its jobs, and get nowhere."""
+    settings = WorkerSettings(
+        redis_url=shared_redis.url, fleet=shared_redis.fleet, model=MODEL, engine="scripted", engine_args={}
+    )
+    told, url = asyncio.Event(), shared_redis.url
+    runtime = Runtime(
+        settings, Served(settings), lambda: urls.connect_async(url), lambda: urls.connect(url),
+        lambda reason: told.set(), lambda is_busy: None, lambda job_id: None,
+    )  # fmt: skip
+    async with runtime.open():
+        runtime.publisher._send_one_batch = lambda: 1 / 0  # type: ignore[assignment,method-assign,return-value]
+        runtime.publisher.mark(None)  # type: ignore[arg-type]
+        async with asyncio.timeout(on_this_machine(20)):
+            await told.wait()
+        assert runtime.is_draining
+
+
+async def test_a_background_response_whose_log_can_not_be_read_is_told_of(served: Fleet, tmp_path: Path) -> None:
+    """It is queued: without its id nobody could look for it, or end it."""
+    app = create_app(GatewaySettings(redis_url=served.redis.url, fleet=served.redis.fleet, storage=str(tmp_path)))
+    async with app.router.lifespan_context(app):
+        client = app.state.client
+
+        async def away(*_: object) -> None:
+            raise FleetUnavailable("Redis is away.")
+
+        client.events = away
+        body = msgspec.json.encode({"model": MODEL, "input": "count", "background": True})
+        status, answer, _ = await call(app, "/v1/responses", "", "a key", body)
+        told = msgspec.json.decode(answer)
+        assert (status, told["status"]) == (200, "queued")
+        assert abs(told["created_at"] - time.time()) < on_this_machine(20)
+        assert (await client.job(str(UUID(told["id"].removeprefix("resp_")))).status()).events

@@ -42,7 +42,13 @@ def command(ctx: click.Context, /, config: tuple[str, ...], wait: bool, idle_sto
     if generation:
         note(f"note: {', '.join(sorted(generation))}: said by each request, not by the fleet; not used here.")
     before = local_fleet.status(args.fleet)
-    with join(args, is_ready=wait, idle_stop_s=idle_stop) as fleet:
+    try:
+        joined = join(args, is_ready=wait, idle_stop_s=idle_stop)
+    except KeyboardInterrupt:
+        if local_fleet.status(args.fleet) is not None:  # it does not end with whoever waited for it
+            say_how_long(args.fleet)
+        raise
+    with joined as fleet:
         state = fleet.state()
         serves = f" and serves {', '.join(fleet.models)}" if fleet.models else ""
         was_running = before is not None and state is not None and before.pid == state.pid
