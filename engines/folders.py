@@ -98,7 +98,9 @@ def read_json(file: Path) -> dict[str, Any]:
         return {}
     except ValueError as error:
         raise ConfigurationError(f"{file.name} of the model is no JSON: {error}") from error
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        raise ConfigurationError(f"{file.name} of the model is no JSON object.")
+    return found
 
 
 def eos_ids(model: Path) -> frozenset[int]:
@@ -109,7 +111,11 @@ def eos_ids(model: Path) -> frozenset[int]:
     else:
         config = read_json(model / "config.json")
         eos = config.get("eos_token_id", (config.get("text_config") or {}).get("eos_token_id"))
-    return frozenset(eos if isinstance(eos, list) else () if eos is None else (eos,))
+    given = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(token) is int for token in given):
+        raise ConfigurationError("The model's eos_token_id is no token id, and no list of them.")
+    # -1 stands for "none" in some; no token has it.
+    return frozenset(token for token in given if token >= 0)
 
 
 def architectures(model: Path) -> tuple[str, ...]:
@@ -132,14 +138,22 @@ def check_scores(model: Path, label: str) -> None:
 
 
 def check_weights(model: Path, label: str, *, allow_pickle: bool) -> None:
-    """Raises `ConfigurationError` for a model that only pickles hold, or of which a file is cut, before an engine takes
-    half a minute to start."""
+    """Raises `ConfigurationError` for a model that only pickles hold, or of which a file is cut or missing, before an
+    engine takes half a minute to start."""
+    eos_ids(model)
     files = [file for file in sorted(model.glob("*.safetensors")) if not file.name.startswith("value_head.")]
     if not allow_pickle and not files:
         raise ConfigurationError(
             f"The model {label!r} has no safetensors weights.",
             hint="Pickled weights can run code when loaded; set allow_pickle only for a model you trust.",
         )
+    if not (model / "model.safetensors").is_file():
+        named = set(read_json(model / "model.safetensors.index.json").get("weight_map", {}).values())
+        if missing := sorted(name for name in named if not (model / name).is_file()):
+            raise ConfigurationError(
+                f"The model {label!r} lacks {len(missing)} of its {len(named)} files: {', '.join(missing[:3])}.",
+                hint="Was it fetched or copied whole?",
+            )
     for file in files:
         names_in(file)
 

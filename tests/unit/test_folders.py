@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from pydantic import BaseModel, ValidationError, field_validator
+from safetensors.numpy import save_file
 
-from tokenfleet.engines.folders import eos_ids, first_line, is_classifier
+from tokenfleet.engines.folders import check_weights, eos_ids, first_line, is_classifier
+from tokenfleet.wire.errors import ConfigurationError
 
 
 def folder(path, **files):
@@ -24,11 +27,29 @@ def folder(path, **files):
         ({"generation_config": {}, "config": {"eos_token_id": 3}}, set()),
         ({"config": {"eos_token_id": 3}}, {3}),
         ({"config": {"text_config": {"eos_token_id": [4, 5]}}}, {4, 5}),
+        ({"generation_config": {"eos_token_id": -1}}, set()),
         ({}, set()),
     ],
 )
 def test_a_text_ends_by_the_generation_config_and_without_one_by_the_models(tmp_path, files, ids):
     assert eos_ids(folder(tmp_path, **files)) == ids
+
+
+@pytest.mark.parametrize("config", [{"eos_token_id": "2"}, {"eos_token_id": [2, None]}, {"eos_token_id": 2.0}, [2]])
+def test_an_end_that_is_no_token_id_is_refused_before_an_engine_starts(tmp_path, config):
+    save_file({"a": np.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigurationError):
+        check_weights(folder(tmp_path, generation_config=config), "m", allow_pickle=False)
+
+
+def test_a_model_of_which_a_file_is_missing_is_refused_before_an_engine_starts(tmp_path):
+    save_file({"a": np.zeros(1)}, tmp_path / "model-1.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigurationError, match=r"1 of its 2 files: model-2\.safetensors"):
+        check_weights(tmp_path, "m", allow_pickle=False)
+    save_file({"a": np.zeros(1)}, tmp_path / "model.safetensors")  # which is read instead
+    check_weights(tmp_path, "m", allow_pickle=False)
 
 
 def test_a_classifier_is_told_by_its_architecture(tmp_path):

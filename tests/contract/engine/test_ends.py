@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
-from tests.contract.engine.asking import GREEDY, ask, assert_greedy, make_job
+from tests.contract.engine.asking import GREEDY, ask, assert_greedy, make_job, run
 from tokenfleet.engines.generation import generate_deltas
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -43,6 +44,13 @@ async def test_min_tokens_bars_eos_and_stop_tokens(subject, ending):
     assert answer.only[5:] == [token_id]
     assert token_id not in answer.only[:5]
     assert_greedy(subject, answer.job, answer.only)
+
+
+async def test_an_end_that_the_model_has_no_token_for_ends_nothing(subject):
+    job = make_job(subject, min_tokens=5, logit_bias={subject.eos_id: 100}, **GREEDY)
+    beyond = job.eos_ids | {subject.engine.info.vocab_size + 5}
+    answer = await run(subject, replace(job, eos_ids=beyond))
+    assert answer.only[5:] == [subject.eos_id]
 
 
 async def test_a_stop_token_ends_an_answer_even_if_eos_is_ignored(subject):
