@@ -318,10 +318,10 @@ class Ledger:
         )
         return str(reply.decode())
 
-    async def give_back(self, job_id: str, worker: str) -> None:
-        """Hand over a job that the ledger thinks this worker runs, and that it doesn't."""
+    async def give_back(self, job_id: str, worker: str, nonce: str | None = None) -> None:
+        """Hand over a job that the ledger thinks this worker runs (under ``nonce``), and that it doesn't."""
         owner, epoch, runs_on = await self._db.hmget(self.keys.job(job_id), "owner", "epoch", "worker")
-        if runs_on == worker.encode() and owner:
+        if runs_on == worker.encode() and owner and nonce in (None, owner.decode()):
             await self._run("release", job_id, epoch, owner, "handover")
 
     async def lost(self, job_id: str, seq: int) -> None:

@@ -235,6 +235,8 @@ class Runtime:
         except asyncio.CancelledError:
             if self.is_revoked(job_id):
                 await asyncio.shield(self.revoked(job_id))
+            else:  # its claim may have come through: then our leaving would be a death to it
+                await asyncio.shield(patiently(lambda: self.ledger.give_back(job_id, self.lease.worker_id, owner)))
             raise
 
     async def _wait_for_room(self, job_id: str) -> None:

@@ -103,7 +103,10 @@ class Supervisor:
                     self._tend(time.monotonic())
                 is_settled = self._state.state in ("ready", "failed")
                 self._sleep(_QUIET_TICK_S if is_settled else _BUSY_TICK_S)
-        except TokenfleetError as error:
+        except (TokenfleetError, OSError) as error:
+            if isinstance(error, OSError):  # a full disk, no more processes, a file that is none
+                what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+                error = FleetUnavailable(f"The fleet can't be run here: {what}.", code="fleet_failed")
             self._fail(error.to_body())
             while not (self._stops or self._is_orphaned or self._is_unused()):
                 self._sleep(_QUIET_TICK_S)
@@ -168,7 +171,7 @@ class Supervisor:
             elif redis.is_ready():
                 self._is_redis_ready, self._redis_deaths = True, 0
                 log.info("Redis serves, pid %d", redis.pid)
-        except FleetUnavailable as error:
+        except (FleetUnavailable, OSError) as error:
             log.warning("%s", error)
             self._is_redis_ready = False
             self._redis_deaths += 1

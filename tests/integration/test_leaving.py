@@ -205,22 +205,47 @@ async def test_readers_of_a_collector_that_meets_a_bug_are_told_and_the_next_one
     assert (await client.chat("count", max_new_tokens=2)).usage.completion_tokens == 2
 
 
-async def test_a_worker_whose_publisher_meets_a_bug_leaves(shared_redis: RedisServer) -> None:
-    """It would keep its lease, and its jobs, and get nowhere."""
-    settings = WorkerSettings(
-        redis_url=shared_redis.url, fleet=shared_redis.fleet, model=MODEL, engine="scripted", engine_args={}
-    )
-    told, url = asyncio.Event(), shared_redis.url
-    runtime = Runtime(
-        settings, Served(settings), lambda: urls.connect_async(url), lambda: urls.connect(url),
+def runtime_on(redis: RedisServer, told: asyncio.Event) -> Runtime:
+    """A worker without Celery. ``told``: its engine is taken for dead."""
+    settings = WorkerSettings(redis_url=redis.url, fleet=redis.fleet, model=MODEL, engine="scripted", engine_args={})
+    return Runtime(
+        settings, Served(settings), lambda: urls.connect_async(redis.url), lambda: urls.connect(redis.url),
         lambda reason: told.set(), lambda is_busy: None, lambda job_id: None,
     )  # fmt: skip
+
+
+async def test_a_worker_whose_publisher_meets_a_bug_leaves(shared_redis: RedisServer) -> None:
+    """It would keep its lease, and its jobs, and get nowhere."""
+    runtime = runtime_on(shared_redis, told := asyncio.Event())
     async with runtime.open():
         runtime.publisher._send_one_batch = lambda: 1 / 0  # type: ignore[assignment,method-assign,return-value]
         runtime.publisher.mark(None)  # type: ignore[arg-type]
         async with asyncio.timeout(on_this_machine(20)):
             await told.wait()
         assert runtime.is_draining
+
+
+async def test_a_job_whose_claim_is_cut_off_by_a_cold_shutdown_is_not_struck(
+    shared_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime, is_claimed = runtime_on(shared_redis, asyncio.Event()), asyncio.Event()
+    claim = runtime.ledger.claim
+
+    async def unanswered(*args: str) -> Any:
+        await claim(*args)
+        is_claimed.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(runtime.ledger, "claim", unanswered)
+    async with AsyncClient(shared_redis.url, fleet=shared_redis.fleet, model=MODEL) as client:
+        async with runtime.open():
+            job = await client.submit("count")
+            running = asyncio.create_task(runtime.run_job(job.id))
+            await is_claimed.wait()
+            running.cancel()
+            await asyncio.wait([running])
+        status = await job.status()
+        assert (status.state, status.attempts, status.strikes) == ("queued", 1, 0)
 
 
 async def test_a_background_response_whose_log_can_not_be_read_is_told_of(served: Fleet, tmp_path: Path) -> None:

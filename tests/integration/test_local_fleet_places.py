@@ -99,3 +99,13 @@ def test_no_place_to_keep_the_data_is_the_users_to_mend(place: Path, monkeypatch
     with pytest.raises(ConfigurationError, match="can't be made") as caught:
         ensure("one", NO_WORKERS)
     assert "XDG_STATE_HOME" in caught.value.hint
+
+
+def test_what_the_supervisor_can_not_write_is_told_at_once(place: Path) -> None:
+    """It died of it, and was started again and again until whoever asked for the fleet had waited long enough."""
+    folder = fleet_folder("default", os.environ)
+    (folder.data / "password").mkdir(parents=True)
+    folder.data.chmod(0o700)
+    with pytest.raises(FleetUnavailable, match="password: Is a directory"):
+        ensure()
+    local_fleet.down()
