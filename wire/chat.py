@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_serializer,
+    model_validator,
+)
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 _LEAST_TEMPERATURE = 1e-6
@@ -20,6 +29,11 @@ def _strings(stop: Any) -> Any:
     if isinstance(stop, str):
         return (stop,)
     return () if stop is None else tuple(stop) if isinstance(stop, list) else stop
+
+
+def _unsigned(seed: int) -> int:
+    """OpenAI's seeds are signed; engines' generators take none below 0."""
+    return seed % 2**63
 
 
 class WrongField(ValueError):
@@ -158,7 +172,7 @@ class GenerationParams(_Wire):
     )
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63), AfterValidator(_unsigned)] | None = None
     n: int = Field(1, ge=1, le=128, validation_alias=AliasChoices("n", "num_return_sequences"))
     skip_special_tokens: bool = True
     response_format: ResponseFormat = ResponseFormat()

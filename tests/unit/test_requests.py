@@ -44,6 +44,12 @@ def test_how_many_tokens_a_clients_answer_may_have(given, tokens):
     assert resolve_max_new_tokens(_arrived(request).params, 1000, 4000) == tokens
 
 
+@pytest.mark.parametrize(("seed", "arrived"), [(0, 0), (5, 5), (-1, 2**63 - 1), (-(2**63), 0), (2**63 - 1, 2**63 - 1)])
+def test_a_seed_is_any_number_of_64_bits_as_in_openais_api(seed, arrived):
+    request, _ = chat_request("Hi!", {"seed": seed}, is_json=True)
+    assert _arrived(request).params.seed == arrived
+
+
 @pytest.mark.parametrize(
     ("given", "param"),
     [
