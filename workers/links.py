@@ -43,11 +43,10 @@ def send_links(app: Celery, client: redis.Redis, keys: Keys, job_id: str) -> boo
     is_success = outcome["status"] == "SUCCESS"
     result = outcome["result"] if is_success else _exception(app, outcome)
     messages = _collect(app, request, result, is_success=is_success)
-    if not scripts.run_blocking(client, "links", keys.prefix, job_id, *(part for pair in messages for part in pair)):
-        return False
-    if request.chord:
+    if request.chord:  # before the job leaves the outbox, else nobody tries again; Celery counts a part once
         app.backend.on_chord_part_return(request, outcome["status"], result)
-    return True
+    sent = scripts.run_blocking(client, "links", keys.prefix, job_id, *(part for pair in messages for part in pair))
+    return bool(sent)
 
 
 def _exception(app: Celery, outcome: dict[str, Any]) -> BaseException:

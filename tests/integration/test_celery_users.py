@@ -13,11 +13,16 @@ from typing import Any
 import pytest
 from celery import Celery, chain, chord, group
 from celery.exceptions import TaskRevokedError
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from tests.fleets import MODEL, ROOT, Fleet, wait_until
 from tests.processes import on_this_machine
+from tests.servers import RedisServer
 from tokenfleet import Job, chat
 from tokenfleet.wire.errors import InvalidRequest
+from tokenfleet.wire.keys import Keys, new_id
+from tokenfleet.workers.links import send_links
+from tokenfleet.workers.publisher import celery_success
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +60,34 @@ def test_a_chord_waits_for_all_chats(users: Any, served: Fleet) -> None:
     texts = chord(header, users.keep_all.s(), app=users.app).apply_async().get(timeout=30)
     assert len(texts) == 4
     assert all(texts)
+
+
+def test_a_part_of_a_chord_that_could_not_be_counted_is_counted_later(
+    shared_redis: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis was away between the job's end and the count: the chord would never have been complete."""
+    app = Celery("users", broker=shared_redis.celery_url, backend=shared_redis.celery_url)
+    keys, job_id, group_id = Keys(shared_redis.fleet), new_id(), new_id()
+    chord_of = {"group": group_id, "group_index": 0, "chord": app.signature("users.keep_all", queue=f"q{group_id}")}
+    outbox = keys.prefix + "outbox"
+
+    def away(*_: Any, **__: Any) -> None:
+        raise RedisConnectionError
+
+    with shared_redis.client() as redis:
+        redis.hset(keys.job(job_id), "links", json.dumps(chord_of))
+        redis.set(f"celery-task-meta-{job_id}", celery_success(job_id, {}))
+        redis.sadd(outbox, job_id)
+        app.backend.set_chord_size(group_id, 1)
+        with monkeypatch.context() as outage:
+            outage.setattr(app.backend, "on_chord_part_return", away)
+            with pytest.raises(RedisConnectionError):
+                send_links(app, redis, keys, job_id)
+        assert redis.sismember(outbox, job_id)
+        send_links(app, redis, keys, job_id)
+        send_links(app, redis, keys, job_id)  # by another worker, at the same time
+        assert redis.llen(f"q{group_id}") == 1
+        assert not redis.sismember(outbox, job_id)
 
 
 def test_links_are_sent_once_at_the_end(users: Any, served: Fleet) -> None:
