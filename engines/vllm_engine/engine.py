@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import re
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -75,6 +76,9 @@ class VllmEngine(ModelEngine[LoadedVllm]):
             yield over
             return
         check_sequence(self.info, sequence)
+        # vLLM refuses a request with ends that its model has no scores for; a tokenizer may have more tokens.
+        known = frozenset(token for token in sequence.eos_ids if token < self.info.vocab_size)
+        sequence = replace(sequence, eos_ids=known)
         params = sequence.params
         await self._grammar(sequence)  # `extras.Guides` does the same in the core, where an error would end it
         request_id = f"{sequence.sequence_id}-{next(self._numbers)}"  # an aborted sequence's may come again at once

@@ -74,8 +74,7 @@ class History:
                 scores[ids] -= torch.tensor(amounts, dtype=scores.dtype, device=scores.device)
         if self.barred and len(output_ids) < self.barred_until:
             barred = scores.clone()
-            # A tokenizer may have more tokens, its EOS among them, than the model has scores for.
-            barred[[token for token in self.barred if token < len(barred)]] = -torch.inf
+            barred[self.barred] = -torch.inf
             if bool((barred > -torch.inf).any()):  # else a grammar is at its end, and nothing but the end may come
                 scores.copy_(barred)
 
