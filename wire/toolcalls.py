@@ -91,6 +91,8 @@ class ToolParser:
         self._forced = ForcedCalls(parser["forced"], is_single=self._is_single) if parser.get("forced") else None
         self._key = key
         self._held = ""
+        self.thought_chars = 0
+        """Of the text so far, how much was thoughts and their marks."""
         self._mode = "think" if self._think and parser.get("open") else "start" if self._think else "text"
         self._is_blank = self._mode == "think"  # nothing but blanks since the thoughts or a call: they are dropped
         self._calls = 0
@@ -141,13 +143,14 @@ class ToolParser:
         assert self._think is not None
         opened, text = self._think[0], self._held.lstrip()
         if text.startswith(opened):
+            self.thought_chars += len(self._held) - len(text) + len(opened)
             self._mode, self._held, self._is_blank = "think", text[len(opened) :], True
         elif is_final or not opened.startswith(text):
             self._mode = "text"
 
     def _thoughts(self, is_final: bool) -> Iterator[ParsedDelta]:
         assert self._think is not None
-        end = self._held.find(self._think[1])
+        end, held = self._held.find(self._think[1]), len(self._held)
         is_over = end >= 0
         if is_over:
             thought, self._held = self._held[:end], self._held[end + len(self._think[1]) :]
@@ -159,6 +162,7 @@ class ToolParser:
         shown = thought.rstrip()
         if not is_over and not is_final:
             self._held = thought[len(shown) :] + self._held
+        self.thought_chars += held - len(self._held)
         if shown:
             self._is_blank = False
             yield ReasoningDelta(shown)

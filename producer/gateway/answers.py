@@ -12,10 +12,15 @@ class ReasoningCount:
     """Counts the tokens of thoughts, their marks included, as the log is read. Free where a model has none."""
 
     def __init__(self) -> None:
-        self.tokens = 0
         self.has_thoughts = False
         self._parser: dict[str, Any] = {}
         self._parsers: dict[int, ToolParser] = {}
+        self._read: dict[int, tuple[int, int]] = {}  # of each choice: characters, tokens
+        self._thoughts: dict[int, int] = {}
+
+    @property
+    def tokens(self) -> int:
+        return sum(self._thoughts.values())
 
     def add(self, event: AnyEvent) -> None:
         if isinstance(event, Started):
@@ -25,13 +30,22 @@ class ReasoningCount:
             parser = self._parsers.get(event.choice)
             if parser is None:
                 parser = self._parsers[event.choice] = ToolParser(self._parser)
-            was_thinking = parser.is_thinking
             parser.feed(event.text)
-            self.count(event, is_thinking=was_thinking or parser.is_thinking)
+            self.count(event, parser.thought_chars, is_thinking=parser.is_thinking)
 
-    def count(self, event: Delta, *, is_thinking: bool) -> None:
+    def count(self, event: Delta, thought_chars: int, *, is_thinking: bool) -> None:
+        """With this delta so many characters of its choice are thoughts, which go on if ``is_thinking``. Of tokens that
+        came together, and in which they end, as many count as there is of the text."""
+        if not self.has_thoughts:
+            return
+        chars, tokens = self._read.get(event.choice, (0, 0))
+        more = len(event.text)
+        self._read[event.choice] = chars + more, tokens + len(event.ids)
         if is_thinking:
-            self.tokens += len(event.ids)
+            self._thoughts[event.choice] = tokens + len(event.ids)
+        elif thought_chars > chars:
+            share = min(thought_chars - chars, more)
+            self._thoughts[event.choice] = tokens + -(-len(event.ids) * share // max(1, more))
 
 
 def usage_object(usage: Usage, reasoning: int | None = None) -> dict[str, Any]:

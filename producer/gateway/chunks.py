@@ -136,9 +136,8 @@ class ChatChunks(_Chunks):
         if parser is None:
             parser = self._parsers[choice] = self._new_parser(choice)
             delta = {"role": "assistant", "content": ""}
-        was_thinking = parser.is_thinking
         _merge(delta, parser.feed(event.text))
-        self.reasoning.count(event, is_thinking=was_thinking or parser.is_thinking)
+        self.reasoning.count(event, parser.thought_chars, is_thinking=parser.is_thinking)
         if parser.is_plain and choice not in self._around:
             self.only_text_comes(choice, self._chunk(choice, {"content": _TEXT}, None))
         logprobs = logprobs_object(event.logprobs) if event.logprobs else None

@@ -68,9 +68,8 @@ class ResponseFold:
                 self.status = "in_progress"
                 return [self._about("response.in_progress")]
             case Delta():
-                was_thinking = self._writer.is_thinking
                 events = self._writer.add(event)
-                self._reasoning.count(event, is_thinking=was_thinking or self._writer.is_thinking)
+                self._reasoning.count(event, self._writer.thought_chars, is_thinking=self._writer.is_thinking)
                 return events
             case ChoiceFinished(reason=reason):
                 if reason == "length":

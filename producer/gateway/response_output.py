@@ -29,6 +29,10 @@ class Output:
     def is_thinking(self) -> bool:
         return self._parser.is_thinking
 
+    @property
+    def thought_chars(self) -> int:
+        return self._parser.thought_chars
+
     def add(self, delta: Delta) -> list[Shown]:
         """The events that follow from new tokens."""
         logprobs = [logprob_object(token) for token in delta.logprobs]

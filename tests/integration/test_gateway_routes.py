@@ -96,8 +96,11 @@ def test_thoughts_and_parallel_calls_whole_and_streamed(client: openai.OpenAI) -
         c.function.arguments for c in message.tool_calls
     ]
     assert (reasoning, reasons) == ("Let me look.", ["tool_calls"])
-    assert put_together.usage.model_dump() == whole.usage.model_dump()
-    assert 10 < whole.usage.completion_tokens_details.reasoning_tokens < whole.usage.completion_tokens
+    usages = [answer.usage.model_dump() for answer in (put_together, whole)]
+    for usage in usages:  # about as many as there are of the text, where they came together with others
+        details = usage.pop("completion_tokens_details")
+        assert 10 < details.pop("reasoning_tokens") < usage["completion_tokens"] / 2
+    assert usages[0] == usages[1]
 
 
 def test_no_tools_no_calls_and_one_call_if_not_parallel(client: openai.OpenAI) -> None:

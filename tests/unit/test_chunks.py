@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tokenfleet.producer.gateway.answers import ReasoningCount
 from tokenfleet.producer.gateway.chunks import ChatChunks, StreamOptions, TextChunks
 from tokenfleet.wire.events import AnyEvent, ChoiceFinished, Delta, Finished, Queued, Started, Usage
 
@@ -70,3 +72,16 @@ def test_a_plain_chat_does_take_the_short_cut() -> None:
     chunks = ChatChunks("job", "model", StreamOptions())
     frames(chunks, log_of({}, [(0, "one"), (0, " two")])[:-3])
     assert chunks._around.keys() == {0}
+
+
+@PATIENT
+@given(text=st.text("ab <>\n", max_size=20), answer=st.text("ab ", max_size=9), cuts=st.sets(st.integers(1, 40)))
+def test_thoughts_are_counted_however_their_tokens_come_together(text: str, answer: str, cuts: set[int]) -> None:
+    """Here each character is a token."""
+    thoughts = f"<think>{text}</think>"
+    whole, count = thoughts + answer, ReasoningCount()
+    count.add(Started(1, "w", 7, {"think": ["<think>", "</think>"]}))
+    places = [0, *sorted(cut for cut in cuts if cut < len(whole)), len(whole)]
+    for start, end in itertools.pairwise(places):
+        count.add(Delta(0, start, (5,) * (end - start), whole[start:end]))
+    assert count.tokens == len(thoughts)
