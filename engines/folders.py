@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from tokenfleet.engines.options import ModelOptions
 from tokenfleet.engines.tensors import names_in
 from tokenfleet.wire.errors import ConfigurationError
 
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 QUANTISED = "quantization_config"
 """The entry of a config.json that says how its weights are packed."""
 
@@ -154,8 +156,15 @@ def check_weights(model: Path, label: str, *, allow_pickle: bool) -> None:
                 f"The model {label!r} lacks {len(missing)} of its {len(named)} files: {', '.join(missing[:3])}.",
                 hint="Was it fetched or copied whole?",
             )
-    for file in files:
-        names_in(file)
+    names = [name for file in files for name in names_in(file)]
+    # SGLang would compute with whatever lies in the place of weights that it did not find.
+    found = {match[1] for name in names if (match := _LAYER.match(name))}
+    layers = read_json(model / "config.json").get("num_hidden_layers")
+    if found and isinstance(layers, int) and (missing := [i for i in range(layers) if str(i) not in found]):
+        raise ConfigurationError(
+            f"The model {label!r} lacks the weights of {len(missing)} of its {layers} layers, {missing[0]} first.",
+            hint="Are all of its files there, and of one version?",
+        )
 
 
 def has_processor(model: Path) -> bool:

@@ -52,6 +52,15 @@ def test_a_model_of_which_a_file_is_missing_is_refused_before_an_engine_starts(t
     check_weights(tmp_path, "m", allow_pickle=False)
 
 
+def test_a_model_of_which_layers_are_missing_is_refused_before_an_engine_starts(tmp_path):
+    folder(tmp_path, config={"num_hidden_layers": 3})
+    save_file({"model.layers.0.x": np.zeros(1), "model.layers.2.x": np.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigurationError, match="1 of its 3 layers, 1 first"):
+        check_weights(tmp_path, "m", allow_pickle=False)
+    save_file({f"model.layers.{i}.x": np.zeros(1) for i in range(4)}, tmp_path / "model.safetensors")  # one more: MTP's
+    check_weights(tmp_path, "m", allow_pickle=False)
+
+
 def test_a_classifier_is_told_by_its_architecture(tmp_path):
     assert not is_classifier(tmp_path)
     assert is_classifier(folder(tmp_path, config={"architectures": ["LlamaForSequenceClassification"]}))
