@@ -15,7 +15,7 @@ import transformers
 from tokenfleet.engines.base import Media
 from tokenfleet.engines.media import Decoded, MediaSettings, decode
 from tokenfleet.engines.media.decoding import Recent, digest_of
-from tokenfleet.engines.media.failures import invalid
+from tokenfleet.engines.media.failures import invalid, too_large
 from tokenfleet.engines.media.frames import FramesAsImages
 from tokenfleet.engines.templates.expansion import Expansion
 from tokenfleet.wire.errors import ConfigurationError
@@ -140,6 +140,10 @@ class MediaProcessor:
 
     def _audios(self, decoded: Decoded, options: dict[str, Any]) -> tuple[Mapping[str, Any], Sequence[str]]:
         processor, audios = self._processor, list(decoded.audios)
+        most = getattr(_audio(processor), "n_samples", None)  # Whisper's feature extractor cuts off the rest
+        if most is not None and options.get("truncation") is not False and max(map(len, audios)) > most:
+            seconds = most / self._settings.audio_sampling_rate
+            raise too_large(f"An audio is longer than the {seconds:g} s that this model hears.", "Send it in parts.")
         rate = {"sampling_rate": self._settings.audio_sampling_rate}
         if _writes(processor, "audio"):
             made, written = processor._process_audio(audios, **options, **rate)

@@ -220,6 +220,10 @@ async def test_named_templates_write_what_llama_factorys_plugins_write(tmp_path)
         sequence = it.sequence(["audio", "What?"], media_of("qwen2_audio", 1))
         # 0.4 s at a feature each 10 ms: 40 -> 20 -> 10
         assert f"user\n<|audio_bos|>{'<|AUDIO|>' * 10}<|audio_eos|>What?<|im_end|>" in sequence.prompt_text
+        with pytest.raises(InvalidRequest, match="the 30 s that this model hears") as caught:
+            it.sequence(["audio"], [Media("audio", files.audio_file(1, seconds=30.1))])
+        assert caught.value.code == "media_too_large"
+        assert it.sequence(["audio"], [Media("audio", files.audio_file(1, seconds=30))])
 
 
 async def test_what_can_not_be_shown_to_a_model_is_refused_and_hurts_nobody(tmp_path):
