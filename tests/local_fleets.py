@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import redis
 
-from tests.processes import eventually, is_alive
+from tests.processes import is_alive, wait_until
 from tokenfleet.producer import local_fleet
 from tokenfleet.producer.local_fleet import LocalFleet
 from tokenfleet.wire.local_files import FleetFolder, FleetState, LocalFleetConfig, fleet_folder
@@ -33,7 +33,7 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield root
     for state in local_fleet.running():
         local_fleet.down(state.name)
-    eventually(lambda: not processes_of(root), within_s=15, what=f"left behind: {processes_of(root)}")
+    wait_until(lambda: not processes_of(root), timeout_s=15, what=f"left behind: {processes_of(root)}")
     shutil.rmtree(root)
 
 

@@ -114,11 +114,6 @@ def once_in(tries: int) -> Callable[[AsyncTest], AsyncTest]:
     return decorate
 
 
-def eventually(condition: Callable[[], object], within_s: float = 20.0, what: str = "") -> None:
-    """`wait_until`."""
-    wait_until(condition, within_s, what)
-
-
 def throughout(condition: Callable[[], object], for_s: float) -> None:
     """Poll for ``for_s``; fails as soon as ``condition()`` is false."""
     end = time.monotonic() + for_s

@@ -16,7 +16,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from tests.processes import eventually, free_port
+from tests.processes import free_port, wait_until
 from tokenfleet.wire import urls
 from tokenfleet.workers import lifeline
 from tokenfleet.workers.embedded_server import EmbeddedServer, find_binary
@@ -82,7 +82,7 @@ def replicated(fleet: str, *, replicas: int = 1, sentinels: int = 3, **settings:
         for node in nodes[1:]:
             with node.client() as client:
                 client.replicaof("127.0.0.1", ports[0])
-                eventually(lambda client=client: client.info("replication")["master_link_status"] == "up")
+                wait_until(lambda client=client: client.info("replication")["master_link_status"] == "up")
         cluster = ReplicatedRedis(nodes, ports, [free_port() for _ in range(sentinels)], password, fleet)
         for port in cluster.sentinel_ports:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tf-")))
@@ -97,7 +97,7 @@ def replicated(fleet: str, *, replicas: int = 1, sentinels: int = 3, **settings:
             stack.callback(sentinel.kill)
             cluster.sentinels.append(sentinel)
         for port in cluster.sentinel_ports:
-            eventually(lambda port=port: _knows_all(port, replicas, sentinels))
+            wait_until(lambda port=port: _knows_all(port, replicas, sentinels))
         yield cluster
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,7 +121,7 @@ class Served:
             prompt_ids=ids,
             params=params,
             max_new_tokens=resolve_max_new_tokens(request.params, prompt.tokens, info.context_tokens),
-            eos_ids=self._in_vocabulary(self.loaded.tokenizer.eos_ids, info.eos_ids, prompt.stop_token_ids),
+            eos_ids=self.loaded.tokenizer.eos_ids | info.eos_ids | frozenset(prompt.stop_token_ids),
             stop=() if params.ignore_eos else prompt.stop_strings,  # they stand for EOS
             visible_ids=frozenset(prompt.visible_ids),
             adapter=request.adapter,
@@ -134,11 +133,6 @@ class Served:
             },
         )
         return Prepared(ids, prompt.tokens, parser, is_fresh, job)
-
-    def _in_vocabulary(self, *ids: Iterable[int]) -> frozenset[int]:
-        """Those that the model can choose: a tokenizer may have more tokens than it, and barring one is no place in its
-        scores."""
-        return frozenset(token for some in ids for token in some if 0 <= token < self.engine.info.vocab_size)
 
     def _check_continuable(self, request: ChatRequest, claim: Claim) -> None:
         info = self.engine.info

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import AsyncGenerator
 
 from tokenfleet.engines.base import EngineInfo, Sequence, TokenChunk
-from tokenfleet.engines.checks import already_over, check_sequence
+from tokenfleet.engines.checks import already_over, check_sequence, check_texts
 from tokenfleet.engines.mailbox import Mailbox
 from tokenfleet.engines.scripted.directives import Fault
 from tokenfleet.engines.scripted.options import ScriptedOptions
@@ -94,6 +94,7 @@ class ScriptedEngine:
     async def score(self, texts_ids: list[tuple[int, ...]], *, adapter: str | None = None) -> list[float]:
         """Between -1 and 1, from the ids alone (and the adapter's name)."""
         await self.check()
+        check_texts(self._info, texts_ids, adapter, hint="")
         salt = (adapter or "").encode()
         hashes = (hashlib.blake2b(repr(ids).encode() + salt, digest_size=8).digest() for ids in texts_ids)
         self._steps += 1

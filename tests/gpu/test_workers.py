@@ -9,7 +9,7 @@ import pytest
 
 from tests.faults.test_engine_kills import *  # noqa: F403
 from tests.integration.test_engine_worker import *  # noqa: F403
-from tests.processes import eventually
+from tests.processes import wait_until
 
 _LEFT_MIB = 64
 """What may be left of a card's memory: other readings of the same differ by a little."""
@@ -29,4 +29,4 @@ def memory_is_given_back(fleet):
     before = used_mib()
     yield
     fleet.close_workers()
-    eventually(lambda: used_mib() <= before + _LEFT_MIB, 10, f"the card's memory is {used_mib()} MiB, was {before}")
+    wait_until(lambda: used_mib() <= before + _LEFT_MIB, 10, f"the card's memory is {used_mib()} MiB, was {before}")

@@ -96,6 +96,9 @@ def test_scores_come_one_a_text(model: ChatModel) -> None:
     assert asyncio.run(model.aget_scores(["b"])) == [scores[1]]
     with pytest.raises(InvalidRequest):
         model.get_scores("one string is no list")
+    with pytest.raises(InvalidRequest) as caught:
+        model.get_scores(["a", ""])
+    assert (caught.value.code, caught.value.details["param"]) == ("invalid_request", "texts")
 
 
 def test_unknown_arguments_are_refused_by_name() -> None:

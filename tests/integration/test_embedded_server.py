@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from tests.processes import all_gone, eventually, is_alive
+from tests.processes import all_gone, is_alive, wait_until
 from tests.servers import RedisServer, running_server
 from tokenfleet.wire.errors import ConfigurationError, FleetUnavailable
 from tokenfleet.workers import lifeline
@@ -173,7 +173,7 @@ OWNER_OF_A_SERVER = """
 def test_the_server_outlives_the_thread_that_started_it_but_not_the_process(tmp_path_factory: pytest.TempPathFactory):
     owner, pids = start_owner(OWNER_OF_A_SERVER, str(tmp_path_factory.mktemp("s")))
     kill9(owner)
-    eventually(lambda: all_gone(pids), within_s=10)
+    wait_until(lambda: all_gone(pids), timeout_s=10)
 
 
 def test_a_forked_copy_of_the_owner_keeps_nothing_alive(tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -182,7 +182,7 @@ def test_a_forked_copy_of_the_owner_keeps_nothing_alive(tmp_path_factory: pytest
     assert len(copies) == 1
     kill9(owner)
     try:
-        eventually(lambda: all_gone(pids), within_s=10)
+        wait_until(lambda: all_gone(pids), timeout_s=10)
         assert is_alive(copies[0])
     finally:
         os.kill(copies[0], signal.SIGKILL)
@@ -204,7 +204,7 @@ def family(tmp_path: Path) -> tuple[lifeline.Guarded, list[int]]:
     out = tmp_path / "pids"
     with out.open("wb") as output:
         guarded = lifeline.spawn([sys.executable, "-S", "-c", FAMILY], output=output)
-    eventually(lambda: out.read_text().count(" ") == 5)
+    wait_until(lambda: out.read_text().count(" ") == 5)
     pids = [int(pid) for pid in out.read_text().split()]
     assert guarded.pid in pids
     assert sorted(lifeline.descendants(guarded.guard_pid)) == sorted(pids)
@@ -229,7 +229,7 @@ def test_a_killed_guard_takes_its_command_with_it(family: tuple[lifeline.Guarded
     guarded, pids = family
     os.kill(guarded.guard_pid, signal.SIGKILL)
     assert guarded.wait(60) == 128 + signal.SIGKILL
-    eventually(lambda: not is_alive(guarded.pid), within_s=5)
+    wait_until(lambda: not is_alive(guarded.pid), timeout_s=5)
     for pid in pids:  # a lone guard's orphans are its supervisor's to find; here there is none
         if is_alive(pid):
             os.kill(pid, signal.SIGKILL)
@@ -242,7 +242,7 @@ def test_status_and_signal_pass_through_the_guard(tmp_path: Path) -> None:
     )
     with log.open("wb") as output:
         guarded = lifeline.spawn([sys.executable, "-S", "-c", code], output=output)
-    eventually(lambda: "up" in log.read_text())
+    wait_until(lambda: "up" in log.read_text())
     guarded.terminate()
     assert guarded.wait(60) == 7
 

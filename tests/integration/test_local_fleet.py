@@ -21,7 +21,7 @@ from tests.local_fleets import (
     folder_of,
     state_of,
 )
-from tests.processes import all_gone, eventually
+from tests.processes import all_gone, wait_until
 from tokenfleet.producer import local_fleet
 from tokenfleet.producer.local_fleet import ensure
 from tokenfleet.wire.errors import ConfigurationError
@@ -42,7 +42,7 @@ def test_a_fleet_comes_up_step_by_step_and_goes_down_workers_first(place: Path) 
     assert loads
     assert all(0 <= s.progress < 1 and "loading weights" in s.detail for s in loads)
     assert [s.state for s in seen][-1] == "ready"
-    eventually(lambda: all(w.state == "ready" for w in state_of(fleet).workers))
+    wait_until(lambda: all(w.state == "ready" for w in state_of(fleet).workers))
     family = family_of(fleet)
     workers = {worker.pid for worker in state_of(fleet).workers}
     assert len(family) == 1 + 2 * 3  # supervisor; guard and command of Redis and of each worker
@@ -77,7 +77,7 @@ def test_workers_find_settings_report_file_and_gpus_before_they_start(
     wanted = config(workers=2, gpus=("0", "1", "4", "5"), worker={"model": "m", "engine_args": {"dtype": "float16"}})
     with ensure("one", wanted) as fleet:
         fleet.wait_ready(60)
-        eventually(lambda: all(w.state == "ready" for w in state_of(fleet).workers))
+        wait_until(lambda: all(w.state == "ready" for w in state_of(fleet).workers))
         for worker, gpus in zip(state_of(fleet).workers, ("0,1", "4,5"), strict=True):
             environ = Path(f"/proc/{worker.pid}/environ").read_bytes().decode().split("\0")
             env = dict(line.split("=", 1) for line in environ if "=" in line)

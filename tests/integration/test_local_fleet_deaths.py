@@ -18,7 +18,7 @@ from tests.local_fleets import (
     folder_of,
     state_of,
 )
-from tests.processes import Standstill, all_gone, eventually, is_alive, on_this_machine
+from tests.processes import Standstill, all_gone, is_alive, on_this_machine, wait_until
 from tokenfleet.producer import local_fleet
 from tokenfleet.producer.local_fleet import ensure
 from tokenfleet.wire.errors import ConfigurationError, FleetUnavailable
@@ -37,7 +37,7 @@ def test_a_killed_supervisor_takes_all_with_it_and_the_next_fleet_has_the_data(p
     assert len(family) == 6
     killed_at, stalls = time.monotonic(), Standstill()
     os.kill(family[0], signal.SIGKILL)
-    eventually(lambda: not is_alive(family[0]))
+    wait_until(lambda: not is_alive(family[0]))
     with pytest.raises(FleetUnavailable, match="died"):
         fleet.wait_ready(10)
     with ensure("one", config("parent", place)) as new:
@@ -57,7 +57,7 @@ def test_a_killed_redis_is_back_under_the_same_url_with_its_data(place: Path) ->
         for _ in range(2):
             pid = state_of(fleet).redis_pid
             os.kill(pid, signal.SIGKILL)
-            eventually(lambda pid=pid: state_of(fleet).redis_pid not in (0, pid) and state_of(fleet).state == "ready")
+            wait_until(lambda pid=pid: state_of(fleet).redis_pid not in (0, pid) and state_of(fleet).state == "ready")
             assert client.get("k") == b"v"
         assert state_of(fleet).url == before.url
         assert state_of(fleet).workers[0].pid == before.workers[0].pid
@@ -70,8 +70,8 @@ def test_a_killed_worker_is_replaced_and_its_children_are_gone(place: Path, vict
         child = int((place / f"child-{first}").read_text())
         guard = next(ppid for ppid, pids in lifeline.children_by_parent().items() if first in pids)
         os.kill(first if victim == "worker" else guard, signal.SIGKILL)
-        eventually(lambda: state_of(fleet).workers[0].pid not in (0, first) and state_of(fleet).state == "ready")
-        eventually(lambda: all_gone([first, child, guard]), within_s=10)
+        wait_until(lambda: state_of(fleet).workers[0].pid not in (0, first) and state_of(fleet).state == "ready")
+        wait_until(lambda: all_gone([first, child, guard]), timeout_s=10)
         assert state_of(fleet).workers[0].restarts == 1
 
 
@@ -99,7 +99,7 @@ def test_a_workers_own_error_reaches_the_user_at_once_and_the_fleet_makes_room(p
     assert state_of(fleet).workers[0].restarts == 0
     pid = state_of(fleet).pid
     fleet.close()
-    eventually(lambda: not is_alive(pid), within_s=15)
+    wait_until(lambda: not is_alive(pid), timeout_s=15)
     last = local_fleet.status("one")
     assert last is not None
     assert last.error is not None
@@ -121,7 +121,7 @@ def test_what_survived_supervisor_and_guard_is_killed_by_the_next_fleet(place: P
         for pid in set(family) - {orphan}:
             os.kill(pid, signal.SIGKILL)
         os.kill(orphan, signal.SIGCONT)
-        eventually(lambda: all_gone([pid for pid in family if pid != orphan]))
+        wait_until(lambda: all_gone([pid for pid in family if pid != orphan]))
         assert is_alive(orphan)
     with ensure("one", NO_WORKERS):
         assert not is_alive(orphan)
@@ -135,7 +135,7 @@ def test_a_private_fleet_that_fails_leaves_nothing_either(place: Path) -> None:
 
 def test_waiting_for_a_slow_load_ends_with_how_far_it_is(place: Path) -> None:
     with ensure("one", config("slow", stop_grace_s=0.2)) as fleet:
-        eventually(lambda: state_of(fleet).progress is not None)
+        wait_until(lambda: state_of(fleet).progress is not None)
         with pytest.raises(FleetUnavailable, match="loading weights") as caught:
             fleet.wait_ready(0.3)
         assert caught.value.code == "no_worker"

@@ -22,7 +22,7 @@ from tests.local_fleets import (
     folder_of,
     state_of,
 )
-from tests.processes import all_gone, eventually, is_alive, throughout
+from tests.processes import all_gone, is_alive, throughout, wait_until
 from tokenfleet.producer import local_fleet
 from tokenfleet.producer.local_fleet import ensure
 from tokenfleet.wire.errors import ConfigurationError
@@ -76,7 +76,7 @@ def test_a_fleet_outlives_who_started_it_and_stops_when_the_last_user_is_gone(pl
     throughout(lambda: second.state() is not None, 1.2)
     assert state_of(second).pid == pid
     second.close()
-    eventually(lambda: all_gone(family), within_s=15)
+    wait_until(lambda: all_gone(family), timeout_s=15)
     assert "stopping: no client" in folder_of("shared").supervisor_log.read_text()
 
 
@@ -120,7 +120,7 @@ def test_running_jobs_are_users_too(place: Path) -> None:
         family = family_of(fleet)
     throughout(lambda: local_fleet.status("one") is not None, 1.0)
     (place / "done").touch()
-    eventually(lambda: all_gone(family), within_s=15)
+    wait_until(lambda: all_gone(family), timeout_s=15)
 
 
 def test_other_settings_are_refused_and_the_same_ones_are_not(place: Path) -> None:
@@ -196,8 +196,8 @@ def test_a_private_fleet_ends_with_its_owner(place: Path, end: str) -> None:
     else:
         owner.kill()
         owner.wait()
-        eventually(lambda: all_gone(family), within_s=10)
-        eventually(lambda: not files_left(place), within_s=5)
+        wait_until(lambda: all_gone(family), timeout_s=10)
+        wait_until(lambda: not files_left(place), timeout_s=5)
         owner.communicate("")  # only now a forked copy ends
 
 
@@ -208,7 +208,7 @@ def test_what_a_private_fleet_left_when_all_was_killed_is_swept_by_the_next(plac
     os.kill(family[0], signal.SIGSTOP)  # the supervisor can't clean up
     kill9(owner)
     os.kill(family[0], signal.SIGKILL)
-    eventually(lambda: all_gone(family), within_s=10)
+    wait_until(lambda: all_gone(family), timeout_s=10)
     assert files_left(place)
     with ensure(config=NO_WORKERS, private=True):
         pass

@@ -14,7 +14,7 @@ from kombu import Connection
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from tests.processes import eventually, free_port
+from tests.processes import free_port, wait_until
 from tests.servers import running_server
 from tokenfleet.wire import urls
 from tokenfleet.workers import lifeline
@@ -36,7 +36,7 @@ def sentinel_url(tmp_path: Path) -> Iterator[str]:
             sentinel = lifeline.spawn([find_binary(), str(config), "--sentinel"], output=log)
         try:
             with redis.Redis(port=port, retry=Retry(NoBackoff(), 0)) as client:
-                eventually(lambda: is_watching(client))
+                wait_until(lambda: is_watching(client))
                 assert client.info("server")["process_id"] == sentinel.pid
             yield f"sentinel://:{password}@127.0.0.1:{port}/1?master_name=main"
         finally:

@@ -10,7 +10,7 @@ import time
 import pytest
 from pydantic import ValidationError
 
-from tests.processes import all_gone, eventually, is_alive
+from tests.processes import all_gone, is_alive, wait_until
 from tokenfleet.engines.lifeline import leave_with_parent
 from tokenfleet.engines.vllm_engine.options import VllmOptions
 
@@ -38,7 +38,7 @@ def test_a_spawned_process_leaves_with_its_parent(how):
         pid = reader.recv()
         assert is_alive(pid)
         os.kill(parent.pid, how)
-        eventually(lambda: all_gone([pid]), 10, "the child gone")
+        wait_until(lambda: all_gone([pid]), 10, "the child gone")
     finally:
         parent.kill()
         parent.join()
